@@ -1,0 +1,1 @@
+"""L0, no torch: errors, config, registry, ledger, facts, hardware, records, show."""

@@ -1,0 +1,66 @@
+"""The only reader of environment variables: one typed function each, read when asked so that tests can set them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lilliput.base.errors import UserError
+
+_TRUE, _FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
+
+
+def cache_dir() -> Path:
+    """Where pulled models and data lie: LILLIPUT_CACHE, else XDG_CACHE_HOME/lilliput, else ~/.cache/lilliput."""
+    if own := os.environ.get("LILLIPUT_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "lilliput"
+
+
+def offline() -> bool:
+    """Whether the network is forbidden: LILLIPUT_OFFLINE or HF_HUB_OFFLINE."""
+    return _flag("LILLIPUT_OFFLINE") or _flag("HF_HUB_OFFLINE")
+
+
+def no_color() -> bool:
+    """NO_COLOR set to anything but the empty text (no-color.org), or a dumb terminal."""
+    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+
+
+def debug() -> bool:
+    """LILLIPUT_DEBUG: show tracebacks of our own faults."""
+    return _flag("LILLIPUT_DEBUG")
+
+
+def test_data() -> Path | None:
+    """LILLIPUT_TEST_DATA: folder of extra real data for tests and papers; None when unset."""
+    folder = os.environ.get("LILLIPUT_TEST_DATA")
+    return Path(folder) if folder else None
+
+
+def cpu_flops() -> float | None:
+    """LILLIPUT_CPU_FLOPS: peak fp32 flop/s of this CPU over all cores, in place of the estimate; None when unset."""
+    text = os.environ.get("LILLIPUT_CPU_FLOPS")
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UserError(f"LILLIPUT_CPU_FLOPS cannot be {text!r}", why="wanted a number of fp32 flop/s above 0", fix="export LILLIPUT_CPU_FLOPS=1.5e11")
+    return value
+
+
+def visible_gpus() -> tuple[str, ...] | None:
+    """CUDA_VISIBLE_DEVICES: indices or UUIDs of the GPUs that may be used, in order; None when unset (all of them)."""
+    text = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _flag(name: str) -> bool:
+    text = os.environ.get(name, "").strip().lower()
+    if text not in _TRUE | _FALSE:
+        raise UserError(f"{name} cannot be {text!r}", why="wanted 1 or 0", fix=f"export {name}=1")
+    return text in _TRUE

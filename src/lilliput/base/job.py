@@ -1,0 +1,121 @@
+"""A job: what one run is asked to do. Core sections here; a technique's section is the room's own class.
+
+    model = "smollm2-135m"
+    data.path = "notes/*.jsonl"
+    lora.rank = 16
+
+A room is on when its section is present. Top-level keys belong to the section `job` and are written without a prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from lilliput.base import registry
+from lilliput.base.config import Section, Settings, load
+
+
+class Top(Section):
+    """Top-level keys of a job."""
+
+    model: str = Field("smollm2-135m", description="a name, a folder, a .gguf or .bin file, or a preset of models/sizes.py")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="how weights are stored; CPUs compute in fp32 either way")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+    threads: int | Literal["auto"] = Field("auto", description="compute threads; auto = what the cgroup allows")
+    hardware: str = Field("auto", description="auto = this machine, or a declared hardware name (plan)")
+
+
+class Data(Section):
+    """What is read, and how it becomes tokens."""
+
+    path: str | tuple[str, ...] = Field("", description="file, glob, list of them, or data:NAME from `lilliput pull`")
+    eval_path: str | tuple[str, ...] = Field("", description="held-out files; empty = the last `holdout` of the data")
+    holdout: float = Field(0.1, ge=0, lt=1, description="share of the tokens (or conversations) held out when eval_path is empty")
+    format: Literal["auto", "text", "messages", "instruction"] = Field("auto", description="auto looks at the first record")
+    sequence: int = Field(512, ge=2, description="tokens in one sequence")
+    tokenizer: str = Field("auto", description="auto = the model's; bytes, chars, bpe:SIZE (trained on the data), or a folder")
+
+
+class Train(Section):
+    """The training loop. `tokens_per_step` is the one truth about batch size; the rest derives."""
+
+    steps: int = Field(100, ge=1, description="optimizer steps")
+    tokens_per_step: int = Field(4096, ge=1, description="tokens of one optimizer step, over all devices")
+    micro_batch: int | Literal["auto"] = Field("auto", description="sequences in one forward; auto = the largest that fits")
+    init: Literal["weights", "scratch"] = Field("weights", description="start from the model's weights, or from random ones")
+    lr: float = Field(3e-4, gt=0, description="peak learning rate")
+    lr_end: float = Field(0.1, ge=0, le=1, description="final learning rate as a share of the peak")
+    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="after the warm-up")
+    warmup: int = Field(10, ge=0, description="steps of linear warm-up")
+    decay: float = Field(0.2, ge=0, le=1, description="wsd: the share of the steps that decays at the end")
+    weight_decay: float = Field(0.1, ge=0, description="on matrices, not on norms and biases")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW")
+    eps: float = Field(1e-8, gt=0, description="AdamW")
+    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 = off")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on embeddings, attention output and MLP output")
+    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0 = at the start and the end only")
+    eval_tokens: int = Field(16384, ge=1, description="tokens of one evaluation, at most")
+    save_every: int = Field(50, ge=0, description="steps between checkpoints; 0 = at the end only")
+    tensorboard: bool = Field(False, description="also write TensorBoard events (extra `tensorboard`)")
+
+
+class Eval(Section):
+    """What `lilliput eval` measures."""
+
+    tasks: str | tuple[str, ...] = Field("perplexity", description="perplexity, arc_easy, piqa, boolq, winogrande, openbookqa, lambada")
+    path: str = Field("", description="text for perplexity; for other tasks the file or the folder that holds them")
+    window: int = Field(1024, ge=2, description="tokens of one perplexity window")
+    stride: int | Literal["auto"] = Field("auto", description="tokens between windows; auto = window (no overlap)")
+    limit: int = Field(0, ge=0, description="windows or questions at most; 0 = all")
+    batch: int = Field(4, ge=1, description="windows or choices in one forward")
+
+
+class Generate(Section):
+    """Sampling of chat and generate."""
+
+    max_tokens: int = Field(256, ge=1, description="new tokens at most")
+    temperature: float = Field(0.0, ge=0, description="0 = greedy")
+    top_k: int = Field(0, ge=0, description="0 = off")
+    top_p: float = Field(1.0, gt=0, le=1, description="1 = off")
+    min_p: float = Field(0.0, ge=0, le=1, description="0 = off")
+    repetition_penalty: float = Field(1.0, gt=0, description="1 = off")
+    system: str = Field("", description="system message of a chat; empty = the template's own")
+
+
+CORE: dict[str, type[Section]] = {"job": Top, "data": Data, "train": Train, "eval": Eval, "generate": Generate}
+
+
+def sections() -> dict[str, type[Section]]:
+    """Every section a job may have: the core ones and the train rooms."""
+    return CORE | {name: registry.find("train", name) for name in registry.names("train")}
+
+
+class Job:
+    """One job, checked. `job.train.lr`, `job.rooms["lora"]`; `job.settings.sources` knows where each value came from."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.top: Top = settings.section("job")
+        self.data: Data = settings.section("data")
+        self.train: Train = settings.section("train")
+        self.eval: Eval = settings.section("eval")
+        self.generate: Generate = settings.section("generate")
+        self.rooms: dict[str, Any] = {name: settings.section(name) for name in registry.names("train") if settings.present(name)}
+
+    @staticmethod
+    def load(path: str | Path | None = None, overrides: Iterable[str] = (), **sections_given: Any) -> Job:
+        """From a TOML file, `section.key=value` strings and keyword sections, later ones winning. UserError on any fault.
+
+        Example: Job.load("job.toml", ["train.steps=50"], lora={"rank": 8})
+        """
+        return Job(load(sections(), path, overrides, sections_given, always=CORE))
+
+    def to_toml(self) -> str:
+        """The whole job as TOML that loads back to an equal job."""
+        return self.settings.to_toml()

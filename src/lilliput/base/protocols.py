@@ -1,0 +1,93 @@
+"""The contracts between floors. Rooms implement them; the rig, the engine and the planner know nothing else of a room.
+
+Torch-free: annotations that name torch types are strings, so a room's file loads in milliseconds.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lilliput.base.facts import Facts
+from lilliput.base.hardware import Hardware
+from lilliput.base.ledger import Ledger
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lilliput.parallel.rig import Rig
+
+
+class Phase(enum.IntEnum):
+    """The fixed order in which train rooms act (assemble's docstring lists what stands between them)."""
+
+    CUT = 0  # split the model over pipeline stages; replaces the schedule
+    SHARD = 1  # split modules over tensor/sequence axes
+    SWAP = 2  # set slots on Linear (codec, product, deltas)
+    REMAT = 3  # what is recomputed in the backward pass
+    STORE = 4  # where parameters live between uses
+    STEP = 5  # how the update is done
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a job runs: mesh axis -> size, the device, and the shape of one micro-batch."""
+
+    hardware: Hardware
+    mesh: Mapping[str, int] = field(default_factory=dict)
+    sequences: int = 1  # per micro-batch
+    tokens: int = 1024  # per sequence
+    element: int = 4  # bytes of a stored weight (4 fp32, 2 bf16); compute and activations are fp32 on CPUs
+
+
+class Strategy(Protocol):
+    """A train room: its fields are its config (a base.config.Section), its methods what it does and costs."""
+
+    needs: tuple[str, ...]  # rooms that must act earlier in the same phase; ties by name
+
+    def acts(self) -> Mapping[Phase, Callable[[Rig], Rig]]:
+        """What it does in each phase; each act takes the rig and gives the next one."""
+        ...
+
+    def refuses(self, others: Mapping[str, Any], facts: Facts) -> str | None:
+        """Why it cannot stand beside these rooms (name -> room) or on this model; None when it can."""
+        ...
+
+    def cost(self, ledger: Ledger, facts: Facts, site: Site) -> Ledger:
+        """The ledger after this room, by arithmetic alone."""
+        ...
+
+
+class Backend(Protocol):
+    """One implementation of an op. The front door asks `supports` in order and reports the reason of each refusal."""
+
+    name: str
+
+    def supports(self, **arguments: Any) -> str | None:
+        """None when it can take these arguments, else the reason why not."""
+        ...
+
+
+class KVPolicy(Protocol):
+    """WHICH tokens stay in the cache. Where they lie is blocks', how many bits is the codec's."""
+
+    wants_mass: bool  # needs the attention mass of each key
+    evicts: bool
+
+    def budget(self, prompt: int, max_new: int) -> int:
+        """Tokens of cache a request of this length needs at most."""
+        ...
+
+    def keep(self, mass_LHT: Tensor | None, positions_LHT: Tensor) -> Tensor | None:
+        """Indices to keep [L, H, K], or None for all."""
+        ...
+
+
+class Runner(Protocol):
+    """Runs the model for the engine: token rows in, logits of the sampled rows out."""
+
+    def forward(self, sequences: Sequence[Any]) -> Tensor:
+        """Logits [sequences, vocab] of the last scheduled token of each sequence."""
+        ...

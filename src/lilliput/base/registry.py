@@ -1,0 +1,36 @@
+"""The one table of rooms: kind -> name -> where its class lives. Nothing is imported until it is asked for.
+
+Adding a technique is one file and one line here; loops, engine, planner, CLI and tests find it through this table.
+Cost: a dictionary look-up and, at first use, the import of a torch-free file (milliseconds).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from lilliput.base.errors import UserError, did_you_mean
+
+ROOMS: dict[str, dict[str, str]] = {
+    "train": {
+        "lora": "lilliput.train.lora:Lora",
+        "remat": "lilliput.train.remat:Remat",
+    },
+    "kv_policy": {
+        "full": "lilliput.serve.policies.full:Full",
+    },
+}
+
+
+def names(kind: str) -> list[str]:
+    """Registered names of a kind, in table order."""
+    return list(ROOMS[kind])
+
+
+def find(kind: str, name: str) -> Any:
+    """The class registered under (kind, name); UserError with the nearest name when there is none."""
+    table = ROOMS[kind]
+    if name not in table:
+        raise UserError(f"unknown {kind.replace('_', ' ')} `{name}`", fix=did_you_mean(name, table))
+    module, _, attribute = table[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,108 @@
+"""`lilliput papers`: the 27 systems, which of them work here, and their claims measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lilliput.base.errors import OK, OUR_FAULT, UserError
+from lilliput.cli import common
+
+if TYPE_CHECKING:
+    from lilliput.base.show import Show
+    from lilliput.papers.paper import Paper
+
+
+@common.verb
+def papers(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[[run] NAME]", show_default=False)] = None,
+    json: common.Json = False,
+    dry_run: common.DryRun = False,
+    show_config: common.ShowConfig = False,
+) -> int:
+    """List the 27 published systems and say which work here; show one; measure its claim.
+
+    A system works when its rooms are registered and its claim is measured by a run of ours; nothing is marked by
+    hand. Published numbers are the authors', on their machines. Exit code 1: a measured claim did not hold here.
+
+    \b
+    Examples:
+      lilliput papers
+      lilliput papers gptq
+      lilliput papers run checkpointing
+    """
+    from lilliput.base.show import Show
+    from lilliput.papers import index
+
+    show = Show(json=json)
+    own, overrides = common.split(words)
+    if overrides:
+        raise UserError(f"papers takes no settings, got `{overrides[0]}`", fix="lilliput papers run NAME")
+    if show_config:
+        common.show_nothing(show, "papers has no settings")
+        return OK
+    if own[:1] == ["run"]:
+        common.at_most(own, 2, "lilliput papers run NAME")
+        if len(own) < 2:
+            raise UserError("papers run needs a name", "works: " + ", ".join(_working()), f"lilliput papers run {_working()[0]}")
+        return measure(show, index.find(own[1]), dry_run)
+    common.at_most(own, 1, "lilliput papers NAME")
+    if own:
+        detail(show, index.find(own[0]))
+    else:
+        listing(show)
+    return OK
+
+
+def listing(show: Show) -> None:
+    """The table of all systems by group, with a count of those that work."""
+    from lilliput.papers import index
+
+    groups = index.papers()
+    rows = [{"group": group, **_row(paper)} for group, members in groups.items() for paper in members]
+    working = sum(row["status"] == "works" for row in rows)
+    show.data({"works": working, "systems": rows})
+    for group in groups:
+        show.table([row for row in rows if row["group"] == group], ("name", "status", "switched on by", "published claim"), group)
+    show.line(f"{working} of {len(rows)} systems work here. `lilliput papers NAME` shows one, `lilliput papers run NAME` measures its claim.")
+
+
+def detail(show: Show, paper: Paper) -> None:
+    """One system: reference, published claim, status and switch."""
+    row = _row(paper) | {"title": paper.title, "authors": paper.authors, "year": paper.year, "where": paper.where}
+    show.data(row)
+    show.table([{"field": key, "value": str(value)} for key, value in row.items()], ("field", "value"), paper.system)
+
+
+def measure(show: Show, paper: Paper, dry_run: bool) -> int:
+    """Run a paper's measurement and show it beside the published claim; code 1 when the claim does not hold here."""
+    if paper.run is None or not paper.works:
+        raise UserError(f"{paper.system} is not built here yet", f"works: {', '.join(_working())}", f"lilliput papers run {_working()[0]}")
+    if dry_run:
+        show.data({"name": paper.name, "would_measure": paper.claim})
+        show.line(f"would measure: {paper.claim}")
+        return OK
+    finding = paper.run()
+    show.data({**_row(paper), "measured": finding.summary, "holds": finding.holds, "rows": [dict(row) for row in finding.rows]})
+    show.table([dict(row) for row in finding.rows], tuple(finding.rows[0]), f"{paper.system}, measured here")
+    show.line(f"published: {paper.claim}")
+    show.line(f"measured:  {finding.summary}")
+    show.line("the claim holds here" if finding.holds else "the claim does NOT hold here")
+    return OK if finding.holds else OUR_FAULT
+
+
+def _row(paper: Paper) -> dict[str, Any]:
+    return {
+        "name": paper.name,
+        "system": paper.system,
+        "status": paper.status,
+        "switched on by": " ".join(paper.switches) if paper.works else "",
+        "published claim": paper.claim,
+    }
+
+
+def _working() -> list[str]:
+    from lilliput.papers import index
+
+    return [paper.name for group in index.papers().values() for paper in group if paper.works]

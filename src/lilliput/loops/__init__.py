@@ -1,0 +1,1 @@
+"""L4: the loops; they name no technique."""

@@ -1,0 +1,317 @@
+"""The only training loop. It names no technique: the job's sections become rooms, the rooms shape the rig, the loop turns.
+
+    Job -> spec and facts (no torch) -> plan: auto values, does it fit -> data -> assemble -> step, step, step -> folder
+
+`tokens_per_step` is the one truth about batch size: the loop hands the rig all micro-batches of one optimizer step.
+The run folder holds job.toml, metrics.jsonl (a line a step), checkpoints/, loss.png|svg, model/ (loadable by transformers).
+Ctrl-C saves and stops; the same command goes on bitwise; a finished run is not run again.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lilliput.base import records
+from lilliput.base.errors import DoesNotFit, UserError
+from lilliput.base.hardware import Hardware
+from lilliput.base.job import Job
+from lilliput.base.protocols import Site
+from lilliput.base.seeds import key
+from lilliput.base.show import Show
+from lilliput.loops.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from lilliput.data.tokenizer import Tokenizer
+    from lilliput.models.checkpoints import Checkpoint
+    from lilliput.models.spec import DecoderSpec
+    from lilliput.parallel.rig import Rig
+
+MAY_CHANGE = ("job.threads", "train.steps", "train.eval_every", "train.eval_tokens", "train.save_every", "train.tensorboard")  # between a run and its resume
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run did. Losses in nats per scored token; evaluations are None when there is no held-out data."""
+
+    out: str
+    steps: int
+    loss_first: float | None
+    loss_last: float | None
+    eval_before: float | None
+    eval_after: float | None
+    tokens_per_second: float
+    peak_bytes: int
+    interrupted: bool
+    resumed_from: int = 0
+
+
+def train(job: Job, out: Path, show: Show) -> TrainResult:
+    """Run a job, or go on with it, in the folder `out`. UserError before torch is loaded where the fault can be seen."""
+    from lilliput.models.load import resolve_spec
+
+    started = time.monotonic()
+    spec, source = resolve_spec(job.top.model)
+    if source is None and job.train.init == "weights":
+        raise UserError(f"`{job.top.model}` is a size without weights", fix="train.init=scratch")
+    with records.Run(out) as run:
+        finished = run.finished()
+        if finished and finished["steps"] >= job.train.steps:
+            show.line(f"{out} is finished ({finished['steps']} steps); raise train.steps to go on, or choose another out folder")
+            return TrainResult(**finished)
+        loop = _Loop(job, run, show)
+        loop.prepare(spec, source)
+        loop.resume()
+        result = loop.run_steps(started)
+        if not result.interrupted:
+            loop.export()
+            run.finish(asdict(result))
+        return result
+
+
+class _Loop:
+    """The state of one run between its phases."""
+
+    def __init__(self, job: Job, run: records.Run, show: Show) -> None:
+        self.job, self.run, self.show = job, run, show
+        self.start = 0
+
+    def prepare(self, spec: DecoderSpec, source: Path | None) -> None:
+        """Open files, make the data, settle auto values, check that it fits, build the rig."""
+        from lilliput.data.load import open_data
+        from lilliput.data.tokenizer import make_tokenizer
+        from lilliput.models import hub
+        from lilliput.models.checkpoints import open_checkpoint
+
+        checkpoint = open_checkpoint(source) if source is not None else None
+        data = self.job.data
+        if not data.path:
+            raise UserError("nothing to train on", "data.path is empty", "data.path=notes/*.jsonl")
+        data = data.model_copy(update={"path": hub.resolve_data(data.path), "eval_path": hub.resolve_data(data.eval_path)})
+        self.tokenizer: Tokenizer = self._tokenizer(make_tokenizer, checkpoint, data)
+        if self.job.train.init == "scratch" and self.tokenizer.vocab_size != spec.vocab:
+            spec = replace(spec, vocab=self.tokenizer.vocab_size, bos=self.tokenizer.bos_id, eos=self.tokenizer.eos_ids)
+        if data.sequence > spec.context:
+            raise UserError(f"data.sequence={data.sequence} is too long", f"the model knows {spec.context} positions", f"data.sequence={spec.context}")
+        self.spec, self.lineage = spec, checkpoint
+        self.micro, self.estimate = self._plan(spec, data.sequence)
+        self.stream, self.held = open_data(data, self.tokenizer, spec.context, self.job.top.seed)
+        self.rig = self._assemble(spec, checkpoint, data.sequence)
+        self.identity = self._identity(spec)
+
+    def _tokenizer(self, make: Any, checkpoint: Checkpoint | None, data: Any) -> Tokenizer:
+        from lilliput.data.text import texts
+
+        saved = self.run.folder / "tokenizer"
+        if data.tokenizer == "auto":
+            if checkpoint is None:
+                raise UserError(f"`{self.job.top.model}` has no tokenizer of its own", fix="data.tokenizer=bytes (or chars, bpe:1024, a folder)")
+            return checkpoint.tokenizer()
+        if saved.is_dir():  # made from the data by the run that is resumed
+            return make(str(saved), [])
+        tokenizer = make(data.tokenizer, lambda: texts(data.path, data.format))
+        with records.atomic_folder(saved) as folder:
+            tokenizer.save(folder)
+        return tokenizer
+
+    def _plan(self, spec: DecoderSpec, sequence: int) -> tuple[int, Any]:
+        from lilliput.base import hardware
+        from lilliput.models.facts import facts
+        from lilliput.plan.estimate import estimate_training
+
+        self.hardware: Hardware = hardware.find(self.job.top.hardware)
+        estimate = estimate_training(self.job, facts(spec), self.hardware)
+        if not estimate.fits:
+            raise DoesNotFit(*estimate.verdict())
+        micro = estimate.site.sequences
+        if self.job.train.tokens_per_step % (micro * sequence):
+            near = max(1, round(self.job.train.tokens_per_step / (micro * sequence))) * micro * sequence
+            why = f"one micro-batch has {micro} x {sequence} = {micro * sequence} tokens"
+            raise UserError(f"train.tokens_per_step={self.job.train.tokens_per_step} is no multiple of a micro-batch", why, f"train.tokens_per_step={near}")
+        return micro, estimate
+
+    def _assemble(self, spec: DecoderSpec, checkpoint: Checkpoint | None, sequence: int) -> Rig:
+        import torch
+
+        from lilliput.models.decoder import Decoder, init_tensor
+        from lilliput.ops.dropout import Counter
+        from lilliput.parallel.rig import assemble
+
+        top, settings = self.job.top, self.job.train
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if top.device == "auto" else top.device)
+        torch.set_num_threads(self.hardware.device.cores if top.threads == "auto" else top.threads)
+        counter = Counter(seed=top.seed)
+        with torch.device("meta"):
+            model = Decoder(spec, dropout=settings.dropout, counter=counter)
+        return assemble(
+            model, model.facts, self.job.rooms,
+            site=self.estimate.site, device=device, seed=top.seed, dtype=top.dtype, counter=counter, clip=settings.clip,
+            read=checkpoint.read if checkpoint is not None and settings.init == "weights" else None,
+            init=lambda name, shape, seed: init_tensor(name, shape, seed, spec),
+            optimizer={"betas": (settings.beta1, settings.beta2), "eps": settings.eps, "weight_decay": settings.weight_decay},
+        )  # fmt: skip
+
+    def _identity(self, spec: DecoderSpec) -> dict[str, str]:
+        values = {k: str(v) for k, v in self.job.settings.flat().items() if k not in MAY_CHANGE and not k.startswith(("eval.", "generate."))}
+        return {**values, "model": format(key(repr(spec)), "x"), "tokenizer": self.tokenizer.digest(), "micro_batch": str(self.micro)}
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint of the run folder, if it has one."""
+        from lilliput.train import checkpoint
+
+        folder = checkpoint.latest(self.run)
+        if folder is None:
+            self.run.truncate_metrics(0)
+            records.atomic_write(self.run.folder / "job.toml", self.job.to_toml())
+            return
+        step, saved = checkpoint.identity(folder)
+        changed = [f"{k}: {saved.get(k, 'unset')} -> {self.identity.get(k, 'unset')}" for k in sorted({*saved, *self.identity}) if saved.get(k) != self.identity.get(k)]
+        if changed:
+            raise UserError(f"{self.run.folder} holds another run", "; ".join(changed[:5]), "choose another out folder, or take the change back")
+        self.stream.restore(checkpoint.restore(folder, self.rig))
+        self.run.truncate_metrics(step)
+        self.start = step
+        self.show.line(f"resumed after step {step} of {self.job.train.steps}")
+
+    def run_steps(self, started: float) -> TrainResult:
+        """The loop itself."""
+        settings, show = self.job.train, self.show
+        micros = settings.tokens_per_step // (self.micro * self.job.data.sequence)
+        losses, tokens, before, interrupted, saved_at = [], 0, None, False, self.start
+        if self.start == 0:
+            before = self._evaluate(0)
+        else:
+            before = next((r["eval_loss"] for r in self.run.read_metrics() if "eval_loss" in r and r["step"] == 0), None)
+        after, done, computing = before, self.start, 0.0
+        with stoppable() as stop, show.bar(settings.steps, "train", done=self.start) as bar, self._board() as board:
+            for step in range(self.start, settings.steps):
+                begin = time.monotonic()
+                batch = [self.stream.next(self.micro) for _ in range(micros)]
+                rate = learning_rate(step, settings)
+                sums = self.rig.step(batch, rate, step)
+                spent = time.monotonic() - begin
+                done, computing, tokens = step + 1, computing + spent, tokens + settings.tokens_per_step
+                losses.append(sums.mean)
+                event = self._event(done, sums, rate, spent, computing / (done - self.start))
+                self.run.metrics(event)
+                board(event)
+                bar.advance(1, f"loss {sums.mean:.3f}  {event['tokens_per_second']:,.0f} tok/s")
+                if not math.isfinite(sums.norm):
+                    show.line(f"step {done}: the gradient norm is {sums.norm}; the update was skipped")
+                interrupted = stop.requested
+                if done == settings.steps or (settings.eval_every and done % settings.eval_every == 0):
+                    after = self._evaluate(done) if not interrupted else after
+                if interrupted or done == settings.steps or (settings.save_every and done % settings.save_every == 0):
+                    saved_at = self._save(done)
+                if interrupted:
+                    break
+        if interrupted:
+            show.line(f"stopped; saved after step {saved_at}. The same command goes on from there.")
+        rows = [r["loss"] for r in self.run.read_metrics() if "loss" in r]
+        return TrainResult(
+            str(self.run.folder), done, rows[0] if rows else None, rows[-1] if rows else None, before, after,
+            tokens / computing if computing else 0.0, peak_bytes(), interrupted, self.start,
+        )  # fmt: skip
+
+    def _event(self, step: int, sums: Any, rate: float, spent: float, average: float) -> dict[str, Any]:
+        per_second = self.job.train.tokens_per_step / spent
+        flops = self.estimate.step_flops / spent
+        return {
+            "step": step, "loss": sums.mean, "grad_norm": sums.norm, "lr": rate, "targets": sums.weight,
+            "tokens_per_second": per_second, "mfu": flops / self.hardware.device.peak_flops("fp32"),
+            "eta_seconds": average * (self.job.train.steps - step), "peak_bytes": peak_bytes(), "seconds": spent,
+        }  # fmt: skip
+
+    def _evaluate(self, step: int) -> float | None:
+        if self.held is None:
+            return None
+        sums = self.rig.evaluate(self.held.eval_batches(self.micro, self.job.train.eval_tokens))
+        self.run.metrics({"step": step, "eval_loss": sums.mean, "eval_targets": sums.weight})
+        self.show.line(f"step {step}: held-out loss {sums.mean:.4f} (perplexity {math.exp(min(50, sums.mean)):.2f}, {sums.weight} tokens)")
+        return sums.mean
+
+    def _save(self, step: int) -> int:
+        from lilliput.train import checkpoint
+
+        checkpoint.save(self.run, self.rig, step, self.stream.state(), self.identity)
+        return step
+
+    @contextmanager
+    def _board(self) -> Iterator[Any]:
+        if not self.job.train.tensorboard:
+            yield lambda event: None
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("train.tensorboard needs the tensorboard package", fix="pip install 'lilliput[tensorboard]'") from error
+        writer = SummaryWriter(str(self.run.folder / "tensorboard"))
+        try:
+            yield lambda event: [writer.add_scalar(k, v, event["step"]) for k, v in event.items() if k != "step"]
+        finally:
+            writer.close()
+
+    def export(self) -> None:
+        """Write model/ (transformers' layout), the rooms' own folders, and the loss curve."""
+        from lilliput.loops.figure import loss_curve
+        from lilliput.models.checkpoints import save_model
+
+        folder = self.run.folder
+        rows = self.run.read_metrics()
+        lineage = {
+            "parents": [{"model": self.job.top.model, "sha256": self.lineage.digest()}] if self.lineage is not None else [],
+            "sections": {name: room.model_dump(mode="json") for name, room in self.job.rooms.items()},
+            "evaluation": {str(r["step"]): r["eval_loss"] for r in rows if "eval_loss" in r},
+        }
+        save_model(folder / "model", self.rig.weights(self.rig), self.spec, self.tokenizer, dtype=self.job.top.dtype, lineage=lineage)
+        for name, write in self.rig.exports.items():
+            with records.atomic_folder(folder / name) as building:
+                write(self.rig, building)
+        loss_curve(rows, folder, f"{self.job.top.model}: {self.job.train.steps} steps")
+        self.show.line(f"wrote {folder / 'model'}")
+
+
+@dataclass
+class Stop:
+    """Set when the user asked to stop."""
+
+    requested: bool = False
+
+
+@contextmanager
+def stoppable() -> Iterator[Stop]:
+    """SIGINT and SIGTERM finish the step and save; a second one ends at once. Outside the main thread nothing is caught."""
+    stop = Stop()
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+
+    try:
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: the caller owns the signals
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def peak_bytes() -> int:
+    """Largest memory of this process so far: of the CUDA allocator where there is one, else resident bytes."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,29 @@
+"""Deltas: modules that a Linear adds to its output, y = x W^T + b + sum of delta(x). The base weight is not touched."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lilliput.ops.dropout import Dropout
+
+
+class LowRank(nn.Module):
+    """delta(x) = scale * dropout(x) A^T B^T with A [rank, in] and B [out, rank]; 2 r (in + out) flops a token forward."""
+
+    def __init__(self, features_in: int, features_out: int, rank: int, scale: float, dropout: Dropout | None) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(rank, features_in))
+        self.b = nn.Parameter(torch.empty(features_out, rank))
+        self.scale, self.dropout = scale, dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., out]."""
+        if self.dropout is not None:
+            x = self.dropout(x)
+        # the scale sits on the rank-wide middle, the smallest tensor of the three
+        return nn.functional.linear(nn.functional.linear(x, self.a) * self.scale, self.b)
+
+    def weight(self) -> torch.Tensor:
+        """The matrix [out, in] this delta adds to the base weight, in fp32."""
+        return (self.b.float() @ self.a.float()) * self.scale

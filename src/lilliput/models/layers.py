@@ -1,0 +1,100 @@
+"""The layers of a decoder. Linear is the only one: techniques set its slots, they never replace its class.
+
+Precision rule, kept here and nowhere else: weights may be stored in fewer bits than the computation. Off CUDA the
+embedding answers in fp32, and every Linear and norm computes in the dtype of its input, whatever its weight is stored in
+(ops/linear.py says why). On CUDA the dtype of the embedding's weight is the dtype of the computation.
+
+Constructors leave weights uninitialised (`torch.empty`), so a model is built on the meta device or in RAM at no cost;
+Decoder.init_weights or a checkpoint fills them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lilliput.ops.linear import linear
+from lilliput.ops.norm import rms_norm
+
+
+class Linear(nn.Module):
+    """y = x W^T + b + sum of delta(x). weight [outputs, inputs].
+
+    `deltas`: name -> module with forward(x [..., inputs]) -> [..., outputs], added to the output. The names of weight
+    and bias do not change when a delta is set; a delta's own parameters lie under `deltas.{name}.`.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+        super().__init__()
+        self.inputs, self.outputs = inputs, outputs
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.deltas = nn.ModuleDict()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., inputs] -> [..., outputs] in x's dtype."""
+        y = linear(x, self.weight, self.bias)
+        for delta in self.deltas.values():
+            y = y + delta(x)
+        return y
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return f"{self.inputs} -> {self.outputs}{', bias' if self.bias is not None else ''}"
+
+
+class Embedding(nn.Module):
+    """Rows of a table. weight [rows, dim]; answers in fp32 off CUDA."""
+
+    def __init__(self, rows: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, dim))
+
+    def forward(self, index_BT: Tensor) -> Tensor:
+        """Integers [...] -> [..., dim]."""
+        x = F.embedding(index_BT, self.weight)
+        return x if x.is_cuda else x.float()
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim]."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * weight + bias."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim]."""
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class Head(nn.Module):
+    """Logits in fp32. Untied: its own weight [vocab, dim]. Tied: the embedding's, read at each call, so it stays one tensor
+    whatever is done to the embedding (materialise, sharding, deepcopy)."""
+
+    def __init__(self, vocab: int, dim: int, tied_to: Embedding | None) -> None:
+        super().__init__()
+        object.__setattr__(self, "_tied_to", tied_to)  # past nn.Module, or the embedding would be registered twice
+        if tied_to is None:
+            self.weight = nn.Parameter(torch.empty(vocab, dim))
+
+    def forward(self, h_BTC: Tensor) -> Tensor:
+        """[..., dim] -> [..., vocab] fp32."""
+        weight = self.weight if self._tied_to is None else self._tied_to.weight
+        return linear(h_BTC, weight).float()

@@ -1,0 +1,1 @@
+"""L1: kernels and codecs, each beside its plain-torch reference."""

@@ -1,0 +1,111 @@
+"""Attention's front door: softmax(q k^T * scale) v over the keys each query may see. It picks a backend and says why.
+
+Queries lie at the END of the keys: with 3 queries and 10 keys, causal lets query 0 see keys 0..7. (torch's `is_causal`
+aligns at the start; that differs as soon as there is a cache.) window = W: a query sees itself and W - 1 keys before it.
+Query heads share key heads in groups (GQA): head h reads key head h // (H / G). A query that sees nothing answers 0.
+
+    reference   plain torch, [B, H, T, S] scores in memory; the oracle
+    sdpa        torch's scaled_dot_product_attention; its CPU flash kernel keeps no scores
+
+More backends (native, flash, paged) join BACKENDS and state in `supports` what they cannot take.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lilliput.base.errors import UserError, did_you_mean
+
+
+def visible(queries: int, keys: int, window: int | None, device: torch.device | str) -> Tensor:
+    """bool [queries, keys]: which keys each query may see, causally, queries at the end of the keys."""
+    ahead = torch.arange(keys, device=device) - torch.arange(keys - queries, keys, device=device).unsqueeze(1)
+    seen = ahead <= 0
+    return seen if window is None else seen & (ahead > -window)
+
+
+class Reference:
+    """Plain torch."""
+
+    name = "reference"
+
+    def supports(self, **arguments: Any) -> str | None:
+        """Takes everything."""
+        return None
+
+    def run(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+        """mask bool, broadcastable to [B, H, T, S]; causal: a square causal mask in its place."""
+        group = q_BHTD.shape[1] // k_BGSD.shape[1]
+        k, v = (k_BGSD, v_BGSD) if group == 1 else (k_BGSD.repeat_interleave(group, 1), v_BGSD.repeat_interleave(group, 1))
+        scores = (q_BHTD * scale) @ k.transpose(-1, -2)
+        if causal:
+            mask = visible(q_BHTD.shape[2], k.shape[2], None, q_BHTD.device)
+        if mask is None:
+            return scores.softmax(-1) @ v
+        return scores.masked_fill(~mask, float("-inf")).softmax(-1).masked_fill(~mask, 0.0) @ v
+
+
+class Sdpa:
+    """torch.nn.functional.scaled_dot_product_attention."""
+
+    name = "sdpa"
+
+    def supports(self, **arguments: Any) -> str | None:
+        """Refuses what torch would answer wrongly or not at all."""
+        q, k, v = arguments["q"], arguments["k"], arguments["v"]
+        if not q.dtype == k.dtype == v.dtype:
+            return f"sdpa needs one dtype, got q {q.dtype}, k {k.dtype}, v {v.dtype}"
+        return None
+
+    def run(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+        """As Reference.run."""
+        grouped = q_BHTD.shape[1] != k_BGSD.shape[1]
+        return F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+BACKENDS = {backend.name: backend for backend in (Sdpa(), Reference())}  # in order of preference
+
+
+def choose(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[str, str]:
+    """(backend name, reason): the first of BACKENDS that takes these tensors, with why the ones before it do not."""
+    refusals: list[str] = []
+    for name, backend in BACKENDS.items():
+        refusal = backend.supports(q=q_BHTD, k=k_BGSD, v=v_BGSD)
+        if refusal is None:
+            return name, "; ".join(refusals) or "first choice"
+        refusals.append(refusal)
+    raise AssertionError("the reference takes everything")
+
+
+def attend(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool, window: int | None = None, mask: Tensor | None = None,
+           scale: float | None = None, backend: str = "auto") -> Tensor:
+    """q [B, H, T, D] over k, v [B, G, S, D] (G divides H; v may have another D) -> [B, H, T, D of v].
+
+    mask: bool, True = may be seen, broadcastable to [B, H, T, S]; taken as it is when given with causal=False, and
+    intersected with the causal (and window) mask when causal=True. scale: 1/sqrt(D) when None. window needs causal.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise UserError(f"unknown attention backend `{backend}`", fix=did_you_mean(backend, [*BACKENDS, "auto"]))
+    if window is not None and not causal:
+        raise UserError("a window needs causal attention", "it is the number of keys up to and including the query's own", "pass causal=True or window=None")
+    queries, keys = q_BHTD.shape[2], k_BGSD.shape[2]
+    if causal and queries > keys:
+        raise UserError(f"{queries} queries over {keys} keys", "causal queries lie at the end of the keys", "pass at least as many keys as queries")
+    if window is not None and window >= keys:
+        window = None
+    if causal and mask is None and window is not None and queries == 1:  # one new token: its keys are a slice, no mask at all
+        k_BGSD, v_BGSD, causal = k_BGSD[:, :, -window:], v_BGSD[:, :, -window:], False
+    elif causal and (mask is not None or window is not None or 1 < queries < keys):
+        seen = visible(queries, keys, window, q_BHTD.device)
+        mask, causal = (seen if mask is None else mask & seen), False
+    elif queries == 1:
+        causal = False
+    name = choose(q_BHTD, k_BGSD, v_BGSD)[0] if backend == "auto" else backend
+    refusal = BACKENDS[name].supports(q=q_BHTD, k=k_BGSD, v=v_BGSD)
+    if refusal is not None:
+        raise UserError(f"attention backend `{name}` cannot take these tensors", refusal, 'pass backend="auto"')
+    return BACKENDS[name].run(q_BHTD, k_BGSD, v_BGSD, mask, causal, q_BHTD.shape[-1] ** -0.5 if scale is None else scale)

@@ -1,0 +1,52 @@
+"""A published system, as the table of `lilliput papers` shows it.
+
+Nothing is marked as working by hand: a paper works when it has a `run` that measures its claim here and every room
+that it names is registered. Numbers in `claim` are the authors', measured on their machines; ours come from `run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from lilliput.base import registry
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one `run` measured here, beside what was published."""
+
+    summary: str  # one sentence with our numbers
+    rows: tuple[Mapping[str, str | int | float], ...]  # the table behind it, all rows with the same keys
+    holds: bool  # the claim's shape shows up on this machine
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Reference, claim and switch of one system. `run` is None until the system is built here."""
+
+    name: str  # what `lilliput papers NAME` takes
+    system: str  # the authors' name for it
+    title: str
+    authors: str
+    year: int
+    where: str  # venue and arXiv id or DOI
+    claim: str  # one sentence with the published number
+    switches: tuple[str, ...] = ()  # config keys that turn it on, "section.key=value"; empty when nothing has to be asked for
+    run: Callable[[], Finding] | None = None
+
+    @property
+    def sections(self) -> tuple[str, ...]:
+        """The config sections behind the switches."""
+        return tuple(dict.fromkeys(switch.partition(".")[0] for switch in self.switches))
+
+    @property
+    def works(self) -> bool:
+        """There is a run that measures the claim, and every section it switches on is a registered room."""
+        registered = {name for table in registry.ROOMS.values() for name in table}
+        return self.run is not None and registered.issuperset(self.sections)
+
+    @property
+    def status(self) -> str:
+        """`works` or `not yet`."""
+        return "works" if self.works else "not yet"

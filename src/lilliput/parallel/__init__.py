@@ -1,0 +1,1 @@
+"""L2: the rig and its assembly in one fixed order."""

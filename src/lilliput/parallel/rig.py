@@ -1,0 +1,204 @@
+"""The rig: everything one optimizer step needs, assembled once, in one fixed order.
+
+    build on meta -> CUT -> SHARD -> SWAP -> REMAT -> STORE -> materialise -> optimizer -> STEP
+
+A room's act takes the rig and gives the next one, so what a technique changes is visible in the fields it replaces.
+The loop knows only `step`, `evaluate` and `export`. The rig knows no technique.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lilliput.base.errors import UserError
+from lilliput.base.facts import Facts
+from lilliput.base.protocols import Phase, Site, Strategy
+from lilliput.data.batch import IGNORE, MicroBatch
+from lilliput.ops.dropout import Counter
+from lilliput.parallel.optimizer import AdamW
+
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a parameter lives between uses: how it is stored, and in which tier."""
+
+    codec: str = "fp32"  # fp32 | bf16
+    tier: str = "device"
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What one step measured: summed loss over its scored targets, their number, and the gradient norm before clipping."""
+
+    loss: float
+    weight: int
+    norm: float
+
+    @property
+    def mean(self) -> float:
+        """Loss per scored target, in nats."""
+        return self.loss / max(1, self.weight)
+
+
+@dataclass(frozen=True)
+class Rig:
+    """Frozen; rooms replace fields. A field is empty until its phase."""
+
+    model: nn.Module
+    facts: Facts
+    site: Site
+    device: torch.device
+    seed: int
+    homes: tuple[tuple[str, Home], ...]  # (pattern over parameter names, home); the last match wins
+    init: tuple[tuple[str, Callable[[str, tuple[int, ...], int], torch.Tensor]], ...]  # parameters that no file holds
+    objective: Callable[[nn.Module, MicroBatch], tuple[torch.Tensor, int]]  # -> (loss_sum, weight)
+    schedule: Callable[[Rig, Sequence[MicroBatch], int], torch.Tensor]  # all forwards and backwards of one step -> loss sum
+    update: Callable[[Rig, float], float]  # (rig, learning rate) -> gradient norm
+    clip: float = 0.0
+    counter: Counter = field(default_factory=Counter)  # keys dropout; the rig sets it, modules read it
+    optimizer: AdamW | None = None
+    exports: Mapping[str, Callable[[Rig, Path], None]] = field(default_factory=dict)  # folder name -> writer
+    weights: Callable[[Rig], Iterator[tuple[str, torch.Tensor]]] = lambda rig: iter(rig.model.named_parameters())  # as exported
+
+    def step(self, batch: Sequence[MicroBatch], learning_rate: float, number: int) -> Sums:
+        """One optimizer step over all its micro-batches; gradients are those of the mean loss over every scored target."""
+        self.model.train()
+        self.counter.step = number
+        batch = [micro.to(self.device) for micro in batch]
+        weight = sum(micro.weight for micro in batch)
+        if weight == 0:
+            raise UserError("a step without a single scored target", "every target of its micro-batches is masked", "check data.format and the chat template")
+        loss = self.schedule(self, batch, weight)
+        norm = self.update(self, learning_rate)
+        return Sums(float(loss), weight, norm)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[MicroBatch]) -> Sums:
+        """Loss over held-out micro-batches, without gradients or dropout."""
+        self.model.eval()
+        total, weight = 0.0, 0
+        for micro in batches:
+            loss, count = self.objective(self.model, micro.to(self.device))
+            total, weight = total + float(loss), weight + count
+        return Sums(total, weight, 0.0)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters that learn, by module path."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def home(self, name: str) -> Home:
+        """The home of a parameter."""
+        return [home for pattern, home in self.homes if fnmatch.fnmatchcase(name, pattern)][-1]
+
+
+def next_token(model: nn.Module, micro: MicroBatch) -> tuple[torch.Tensor, int]:
+    """The language-model objective: summed cross-entropy (nats) of targets_BT under logits_BTV in fp32."""
+    logits_BTV = model(micro.tokens_BT)
+    loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), micro.targets_BT.flatten(), ignore_index=IGNORE, reduction="sum")
+    return loss, micro.weight
+
+
+def accumulate(rig: Rig, batch: Sequence[MicroBatch], weight: int) -> torch.Tensor:
+    """The default schedule: one micro-batch after another, gradients added up; each divided by the whole step's weight."""
+    total = torch.zeros((), dtype=torch.float64, device=rig.device)
+    for index, micro in enumerate(batch):
+        rig.counter.micro = index
+        loss, _ = rig.objective(rig.model, micro)
+        (loss / weight).backward()
+        total += loss.detach()
+    return total
+
+
+def clip_and_step(rig: Rig, learning_rate: float) -> float:
+    """The default update: clip by the global norm, AdamW, free the gradients. Returns the norm before clipping."""
+    assert rig.optimizer is not None, "the optimizer is built before the first update"
+    parameters = list(rig.optimizer.parameters.values())
+    norm = float(nn.utils.clip_grad_norm_(parameters, rig.clip or float("inf"), foreach=True))
+    if norm == norm and norm != float("inf"):  # a non-finite gradient would poison every weight: the step is skipped, the norm says so
+        rig.optimizer.step(learning_rate)
+    rig.optimizer.zero_grad()
+    return norm
+
+
+def order(rooms: Mapping[str, Strategy]) -> list[tuple[Phase, str, Callable[[Rig], Rig]]]:
+    """Acts of all rooms: by phase, inside a phase after those that the room needs, ties by name."""
+    result = []
+    for phase in Phase:
+        waiting = {name: room for name, room in sorted(rooms.items()) if phase in room.acts()}
+        while waiting:
+            ready = next((n for n, room in waiting.items() if not any(need in waiting for need in room.needs)), None)
+            if ready is None:
+                raise UserError(f"rooms wait for each other: {', '.join(waiting)}", fix="switch one of them off")
+            result.append((phase, ready, waiting.pop(ready).acts()[phase]))
+    return result
+
+
+def refuse(rooms: Mapping[str, Strategy], facts: Facts) -> None:
+    """UserError with the room's own reason when it cannot stand on this model or beside the others."""
+    for name, room in rooms.items():
+        missing = [need for need in room.needs if need not in rooms]
+        if missing:
+            raise UserError(f"`{name}` needs `{missing[0]}`", fix=f"add a [{missing[0]}] section")
+        reason = room.refuses({n: r for n, r in rooms.items() if n != name}, facts)
+        if reason:
+            raise UserError(f"`{name}` cannot be used here", reason, f"take the [{name}] section out, or change what it names")
+
+
+def assemble(
+    model: nn.Module,
+    facts: Facts,
+    rooms: Mapping[str, Strategy],
+    *,
+    site: Site,
+    device: torch.device,
+    seed: int,
+    dtype: str,
+    read: Callable[[str], torch.Tensor] | None,
+    init: Callable[[str, tuple[int, ...], int], torch.Tensor],
+    optimizer: Mapping[str, Any],
+    clip: float,
+    counter: Counter,
+) -> Rig:
+    """Assemble a model built on meta with its rooms (order in the module docstring).
+
+    read(name) gives a parameter from the checkpoint (None: all from `init`); init(name, shape, seed) makes a fresh one.
+    optimizer: keywords of parallel.optimizer.AdamW. Raises UserError when a room refuses.
+    """
+    refuse(rooms, facts)
+    whole = ("*", init) if read is None else ("*", lambda name, shape, seed: read(name))
+    rig = Rig(
+        model=model, facts=facts, site=site, device=device, seed=seed, homes=(("*", Home(dtype)),), init=(whole,),
+        objective=next_token, schedule=accumulate, update=clip_and_step, clip=clip, counter=counter,
+    )  # fmt: skip
+    acts = order(rooms)
+    for phase, _, act in acts:
+        if phase < Phase.STEP:
+            rig = act(rig)
+    materialise(rig)
+    rig = replace(rig, optimizer=AdamW(rig.trainable(), seed=seed, **optimizer))
+    for phase, _, act in acts:
+        if phase == Phase.STEP:
+            rig = act(rig)
+    return rig
+
+
+@torch.no_grad()
+def materialise(rig: Rig) -> None:
+    """Give every meta parameter its storage and value, one tensor at a time, so the peak is the model plus one tensor."""
+    for path, module in rig.model.named_modules():
+        for leaf, meta in list(module.named_parameters(recurse=False)):
+            if meta.device.type != "meta":
+                continue
+            name = f"{path}.{leaf}" if path else leaf
+            source = [make for pattern, make in rig.init if fnmatch.fnmatchcase(name, pattern)][-1]
+            value = source(name, tuple(meta.shape), rig.seed).to(device=rig.device, dtype=STORED[rig.home(name).codec])
+            setattr(module, leaf, nn.Parameter(value.contiguous(), requires_grad=meta.requires_grad))

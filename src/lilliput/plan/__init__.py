@@ -1,0 +1,1 @@
+"""L4: arithmetic over ledgers; no torch."""

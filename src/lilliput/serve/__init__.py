@@ -1,0 +1,1 @@
+"""L3: the one engine: requests, scheduler, blocks, runners, cache policies."""

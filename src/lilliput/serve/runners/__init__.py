@@ -1,0 +1,1 @@
+"""How the engine runs a model."""

@@ -1,0 +1,1 @@
+"""L3: train rooms, blind to each other; reached by name through base.registry."""

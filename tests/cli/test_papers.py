@@ -1,0 +1,87 @@
+"""The table of 27 systems: honest, complete, light; and the one claim that is measured so far."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from lilliput.base import registry
+from lilliput.base.errors import UserError
+from lilliput.base.job import sections
+from lilliput.papers import index
+from lilliput.papers.paper import Finding
+
+SYSTEMS = {
+    "GPipe", "ZeRO", "Megatron-LM", "sequence parallelism", "ZeRO++", "gradient checkpointing", "ZeRO-Offload", "ZeRO-Infinity", "POET", "QLoRA",
+    "FP8", "FlashAttention-2", "DeepSpeed Inference", "ByteTransformer", "vLLM", "FlexGen", "E.T.", "speculative decoding", "StreamingLLM", "H2O",
+    "SmoothQuant", "GPTQ", "Deja Vu", "InstaFlow", "PETAL", "AutoGen", "DCN V2",
+}  # fmt: skip
+
+
+def every():
+    return [paper for group in index.papers().values() for paper in group]
+
+
+def test_all_systems_are_listed_once():
+    assert sorted(paper.system for paper in every()) == sorted(SYSTEMS)
+    assert len({paper.name for paper in every()}) == 27
+
+
+def test_each_paper_states_a_reference_and_a_claim():
+    for paper in every():
+        assert paper.title and paper.authors and 2015 < paper.year < 2030, paper.name
+        assert "arXiv" in paper.where or "doi" in paper.where, paper.name
+        assert len(paper.claim) > 60 and paper.claim.endswith("."), paper.name
+        assert any(letter.isdigit() for letter in paper.claim), f"{paper.name}: a claim has a number"
+
+
+def test_status_is_derived_from_run_and_registry():
+    checkpointing = index.find("checkpointing")
+    assert checkpointing.works and checkpointing.status == "works"
+    assert not replace(checkpointing, run=None).works
+    assert not replace(checkpointing, switches=("nosuchroom.x=1",)).works
+    assert replace(index.find("gptq"), run=lambda: Finding("", (), True)).works, "a system that needs no switch works once it is measured"
+
+
+def test_no_system_without_a_run_claims_to_work():
+    assert [paper.name for paper in every() if paper.works] == ["checkpointing"]
+
+
+def test_switches_name_keys_that_exist():
+    known = sections()
+    rooms = {name for table in registry.ROOMS.values() for name in table}
+    for paper in every():
+        for switch in paper.switches:
+            section, _, rest = switch.partition(".")
+            assert section in rooms and rest.partition("=")[0] in known[section].model_fields, switch
+
+
+@pytest.mark.parametrize("word", ["GPTQ", "gptq", "E.T.", "zero++", "Deja Vu"])
+def test_find_takes_either_name_in_any_case(word):
+    assert word.lower() in (index.find(word).name, index.find(word).system.lower())
+
+
+def test_find_offers_the_nearest_name():
+    with pytest.raises(UserError) as fault:
+        index.find("smoothqant")
+    assert fault.value.fix == "did you mean `smoothquant`?"
+
+
+def test_listing_leaves_torch_out():
+    code = "import sys; from lilliput.papers import index; [p.status for g in index.papers().values() for p in g]; print(sorted({'torch', 'pydantic'} & set(sys.modules)))"
+    assert json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.replace("'", '"')) == []
+
+
+def test_checkpointing_claim_holds_here():
+    finding = index.find("checkpointing").run()
+    assert finding.holds, finding.summary
+    rows = {row["blocks"]: row for row in finding.rows}
+    small, large = min(rows), max(rows)
+    grown = large / small
+    assert rows[large]["kept, plain (KiB)"] / rows[small]["kept, plain (KiB)"] == pytest.approx(grown, rel=0.05)
+    assert rows[large]["peak, remat (KiB)"] / rows[small]["peak, remat (KiB)"] == pytest.approx(grown**0.5, rel=0.15)
+    assert all(row["block forwards, remat"] == 2 * row["blocks"] for row in finding.rows)

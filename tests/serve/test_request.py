@@ -1,0 +1,98 @@
+"""Requests: ranges are checked; text never shows a stop string, nor depends on how it was cut into tokens."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lilliput.base.errors import UserError
+from lilliput.serve.request import Request, Sampling, StopText
+
+
+class Letters:
+    """A token stream in which token n is the letter chr(n), and every third character is held back until the next push."""
+
+    def __init__(self) -> None:
+        self.held = ""
+
+    def push(self, token: int) -> str:
+        out, self.held = (self.held + chr(token), "") if token % 3 else (self.held, chr(token))
+        return out
+
+    def flush(self) -> str:
+        out, self.held = self.held, ""
+        return out
+
+
+def run(text: str, limit: int = 100, eos: int = 0, **sampling: object) -> tuple[str, str | None, list[int]]:
+    request = Request(1, [1, 2], Sampling(**sampling), limit, frozenset({eos}), Letters())  # type: ignore[arg-type]
+    shown = ""
+    for letter in text:
+        delta = request.append(ord(letter), -0.5)
+        shown += delta.text
+        if delta.finish_reason:
+            return shown, delta.finish_reason, request.tokens
+    return shown, None, request.tokens
+
+
+@pytest.mark.parametrize(
+    "values",
+    [dict(max_tokens=0), dict(temperature=-0.1), dict(temperature=float("nan")), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1), dict(min_p=2.0)]
+    + [dict(repetition_penalty=0.0), dict(stop=("",)), dict(stop="abc")],
+    ids=str,
+)
+def test_values_out_of_range_are_named(values: dict[str, object]) -> None:
+    (name,) = values
+    with pytest.raises(UserError) as error:
+        Sampling(**values)  # type: ignore[arg-type]
+    assert error.value.what.startswith(f"{name}=") and error.value.why and error.value.fix.startswith(f"{name}=")
+
+
+def test_the_end_token_ends_the_answer_and_shows_nothing() -> None:
+    assert run("hello\0more") == ("hello", "stop", [*map(ord, "hello"), 0])
+    assert run("hi\0there", ignore_eos=True)[1] is None
+
+
+def test_the_limit_gives_out_what_was_held_back() -> None:
+    assert run("abcdef", limit=6, stop=("fgh",)) == ("abcdef", "length", [*map(ord, "abcdef")])
+
+
+def test_a_stop_string_over_several_tokens_never_shows() -> None:
+    assert run("one END two", stop=("END",))[:2] == ("one ", "stop")
+    request = Request(1, [1], Sampling(stop=("END",)), 50, frozenset(), Letters())
+    shown = [request.append(ord(c), 0.0).text for c in "xEN."]
+    assert "".join(shown) == "xEN." and "E" not in "".join(shown[:3])
+
+
+def test_a_stop_string_completed_by_the_last_held_character() -> None:
+    assert chr(99) == "c" and 99 % 3 == 0  # "c" is held by the stream, so the stop is found in its flush
+    assert run("abc\0", stop=("bc",)) == ("a", "stop", [97, 98, 99, 0])
+    assert run("abc", limit=3, stop=("bc",)) == ("a", "stop", [97, 98, 99])
+
+
+def test_known_tokens_span_prompt_and_answer() -> None:
+    request = Request(1, [10, 11, 12], Sampling(), 5, frozenset(), Letters())
+    for token in (20, 21):
+        request.append(token, 0.0)
+    assert request.known(0, 2) == [10, 11] and request.known(2, 4) == [12, 20] and request.known(4, 5) == [21]
+
+
+def test_without_a_seed_each_request_has_its_own() -> None:
+    first, second = (Request(1, [1], Sampling(), 5, frozenset(), Letters()) for _ in range(2))
+    assert first.seed != second.seed
+    assert Request(1, [1], Sampling(seed=9), 5, frozenset(), Letters()).seed == 9
+
+
+@settings(deadline=None, max_examples=400)
+@given(text=st.text("ab", max_size=30), stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), data=st.data())
+def test_stops_do_not_depend_on_the_cut(text: str, stops: list[str], data: st.DataObject) -> None:
+    ends = sorted((text.find(s) + len(s), text.find(s)) for s in stops if s in text)
+    expected = text[: ends[0][1]] if ends else text
+    scanner, shown, at = StopText(tuple(stops)), "", 0
+    while at < len(text) and not scanner.found:
+        step = data.draw(st.integers(1, 6))
+        shown += scanner.push(text[at : at + step])
+        at += step
+        assert expected.startswith(shown)
+    assert shown + scanner.flush() == expected and scanner.found == bool(ends)

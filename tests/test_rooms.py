@@ -1,0 +1,123 @@
+"""Three proofs for every room in the registry: same numbers, true cost, good neighbour.
+
+A new room adds one line to ROOMS (a small config) and one reference; a registered room without them fails here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from rigs import ADAMW, make_rig, random_batch
+from torch.func import functional_call
+
+from lilliput.base import registry
+from lilliput.base.job import Job
+from lilliput.memory.meter import Meter, storage_bytes
+from lilliput.models.sizes import PRESETS
+from lilliput.parallel.rig import Rig, next_token
+from lilliput.plan.estimate import training_ledger
+
+SPEC = PRESETS["tiny"]
+SMALL = {"lora": {"rank": 4, "alpha": 8.0}, "remat": {"every": 2}}  # room -> a config that acts on a four-block model
+
+
+def room(name: str) -> dict:
+    return {name: registry.find("train", name)(**SMALL[name])}
+
+
+def trained(rig: Rig, steps: int = 3) -> tuple[list[float], dict[str, torch.Tensor]]:
+    losses = [rig.step(random_batch(SPEC.vocab, seed=s), 1e-2, s).mean for s in range(steps)]
+    return losses, {n: t.clone() for n, t in rig.weights(rig)}
+
+
+def plain() -> tuple[list[float], dict[str, torch.Tensor]]:
+    return trained(make_rig({}))
+
+
+def low_rank_reference() -> tuple[list[float], dict[str, torch.Tensor]]:
+    """LoRA in its own formula: W + (alpha / rank) B A by functional_call, torch's AdamW on A and B alone."""
+    rig, (adapter,) = make_rig({}), room("lora").values()
+    base = {n: p.detach() for n, p in rig.model.named_parameters()}
+    fresh = make_rig(room("lora")).model
+    a = {n: fresh.get_submodule(n).deltas["lora"].a.detach().clone().requires_grad_() for n in adapter.chosen(rig.facts)}
+    b = {n: torch.zeros(base[n + ".weight"].shape[0], adapter.rank, requires_grad=True) for n in a}
+    optimizer = torch.optim.AdamW([*a.values(), *b.values()], lr=1e-2, fused=True, **ADAMW)
+    merged = lambda: base | {n + ".weight": base[n + ".weight"] + adapter.alpha / adapter.rank * b[n] @ a[n] for n in a}
+    losses = []
+    for step in range(3):
+        batch = random_batch(SPEC.vocab, seed=step)
+        loss = sum(next_token(lambda tokens: functional_call(rig.model, merged(), (tokens,)), m)[0] for m in batch) / sum(m.weight for m in batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([*a.values(), *b.values()], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, {n: t.detach() for n, t in merged().items()}
+
+
+# room -> (reference, tolerance); 0 = bitwise. Rooms that change the mathematics have a reference of their own.
+REFERENCES: dict[str, tuple[Callable, float]] = {"remat": (plain, 0.0), "lora": (low_rank_reference, 2e-5)}
+
+
+@pytest.mark.parametrize("name", registry.names("train"))
+def test_same_numbers(name: str) -> None:
+    assert name in REFERENCES and name in SMALL, f"the room `{name}` has no reference here"
+    reference, tolerance = REFERENCES[name]
+    (losses, weights), (expected_losses, expected) = trained(make_rig(room(name))), reference()
+    assert weights.keys() == expected.keys()
+    if tolerance == 0:
+        assert losses == expected_losses
+        assert all(torch.equal(weights[n], expected[n]) for n in expected)
+        return
+    assert losses == pytest.approx(expected_losses, rel=tolerance)
+    for n in expected:
+        torch.testing.assert_close(weights[n], expected[n], rtol=1e-4, atol=tolerance)
+    assert any(not torch.equal(weights[n], t) for n, t in plain()[1].items()), "the room must change something"
+
+
+@pytest.mark.parametrize("names", [(), *[(n,) for n in registry.names("train")], tuple(registry.names("train"))], ids=lambda n: "+".join(n) or "plain")
+@pytest.mark.parametrize(("sequences", "tokens"), [(2, 64), (4, 256)])
+def test_true_cost(names: tuple[str, ...], sequences: int, tokens: int) -> None:
+    rooms = {k: v for n in names for k, v in room(n).items()}
+    rig = make_rig(rooms, sequences=sequences, tokens=tokens)
+    ledger = training_ledger(rig.facts, rig.site, rooms, "fp32")
+    batch = random_batch(SPEC.vocab, micros=1, sequences=sequences, tokens=tokens)
+    weights = list(rig.model.parameters())
+    assert ledger.bytes("parameters") == storage_bytes(weights)
+    assert ledger.bytes("optimizer") == storage_bytes(rig.optimizer.state().values())
+    with Meter(known=[*weights, *[t for m in batch for t in (m.tokens_BT, m.targets_BT)]]) as meter:
+        loss, _ = rig.objective(rig.model, batch[0])
+        saved = meter.live
+        loss.backward()
+        peak = meter.peak
+        assert ledger.bytes("gradients") == storage_bytes([p.grad for p in rig.trainable().values()])
+    activations = {n: t.bytes for n, t in ledger.terms.items() if n.startswith("activations.")}
+    forward = sum(b for n, b in activations.items() if "forward" in ledger.terms[n].moments)
+    assert forward == pytest.approx(saved, rel=0.10), f"kept for the backward pass: predicted {activations}"
+    static = ledger.bytes("parameters") + ledger.bytes("optimizer")
+    assert ledger.peak()[0] - static == pytest.approx(peak, rel=0.10), f"peak above weights and moments: predicted {activations}"
+
+
+@pytest.mark.parametrize(("first", "second"), itertools.combinations(registry.names("train"), 2))
+def test_good_neighbour(first: str, second: str) -> None:
+    rooms = room(first) | room(second)
+    reasons = [r.refuses({n: o for n, o in rooms.items() if n != name}, make_rig({}).facts) for name, r in rooms.items()]
+    if any(reasons):
+        assert all(reason is None or len(reason) > 10 for reason in reasons), "a refusal says why"
+        return
+    rig = make_rig(rooms)
+    before = {n: t.clone() for n, t in rig.weights(rig)}
+    first_loss = rig.step(random_batch(SPEC.vocab), 1e-2, 0).mean
+    rig.step(random_batch(SPEC.vocab), 1e-2, 1)
+    assert first_loss == pytest.approx(plain()[0][0], rel=1e-5), "the first step starts from the same model"
+    assert any(not torch.equal(t, before[n]) for n, t in rig.weights(rig))
+
+
+def test_every_room_loads_from_words() -> None:
+    for name in registry.names("train"):
+        key, value = next(iter(SMALL[name].items()))
+        job = Job.load(overrides=[f"{name}.{key}={value}"])
+        assert getattr(job.rooms[name], key) == value
