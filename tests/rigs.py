@@ -13,7 +13,6 @@ from lilliput.data.batch import MicroBatch
 from lilliput.models.decoder import Decoder, init_tensor
 from lilliput.models.sizes import PRESETS
 from lilliput.models.spec import DecoderSpec
-from lilliput.ops.dropout import Counter
 from lilliput.parallel.rig import Rig, assemble
 
 ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -22,12 +21,12 @@ ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 def make_rig(rooms: Mapping[str, Any], spec: DecoderSpec | None = None, *, dtype: str = "fp32", dropout: float = 0.0, sequences: int = 2, tokens: int = 32, device: str = "cpu") -> Rig:
     """A rig with fresh weights (seed 0)."""
     spec = spec or PRESETS["tiny"]
-    counter = Counter(seed=0)
     with torch.device("meta"):
-        model = Decoder(spec, dropout=dropout, counter=counter)
+        model = Decoder(spec)
+    model.dropout = dropout
     site = Site(hardware=detect(), sequences=sequences, tokens=tokens, element=4 if dtype == "fp32" else 2)
     return assemble(
-        model, model.facts, rooms, site=site, device=torch.device(device), seed=0, dtype=dtype, read=None, counter=counter,
+        model, rooms, site=site, device=torch.device(device), seed=0, dtype=dtype, read=None,
         init=lambda name, shape, seed: init_tensor(name, shape, seed, spec), optimizer=ADAMW, clip=1.0,
     )  # fmt: skip
 

@@ -36,7 +36,7 @@ def test_each_paper_states_a_reference_and_a_claim():
         assert paper.title and paper.authors and 2015 < paper.year < 2030, paper.name
         assert "arXiv" in paper.where or "doi" in paper.where, paper.name
         assert len(paper.claim) > 60 and paper.claim.endswith("."), paper.name
-        assert any(letter.isdigit() for letter in paper.claim), f"{paper.name}: a claim has a number"
+        assert any(letter.isdigit() for letter in paper.claim) or "no figure" in paper.claim, f"{paper.name}: a claim has the published number, or says that there is none"
 
 
 def test_status_is_derived_from_run_and_registry():
@@ -82,6 +82,6 @@ def test_checkpointing_claim_holds_here():
     rows = {row["blocks"]: row for row in finding.rows}
     small, large = min(rows), max(rows)
     grown = large / small
-    assert rows[large]["kept, plain (KiB)"] / rows[small]["kept, plain (KiB)"] == pytest.approx(grown, rel=0.05)
-    assert rows[large]["peak, remat (KiB)"] / rows[small]["peak, remat (KiB)"] == pytest.approx(grown**0.5, rel=0.15)
+    assert rows[large]["peak, plain (KiB)"] / rows[small]["peak, plain (KiB)"] == pytest.approx(grown, rel=0.05)
+    assert rows[large]["peak, remat (KiB)"] / rows[small]["peak, remat (KiB)"] == pytest.approx(grown**0.5, rel=0.1)
     assert all(row["block forwards, remat"] == 2 * row["blocks"] for row in finding.rows)

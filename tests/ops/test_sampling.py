@@ -52,7 +52,7 @@ def test_distribution_equals_transformers(seed: int, vocab: int, temperature: fl
 
 def test_ties_with_the_kth_token_stay() -> None:
     logits_V = torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0, 0.0])
-    ids_K, probs_K = sampling.candidates(logits_V, temperature=1.0, top_k=2)
+    ids_K, _ = sampling.candidates(logits_V, temperature=1.0, top_k=2)
     assert sorted(ids_K.tolist()) == [1, 2, 3, 4]
     torch.testing.assert_close(dense(logits_V, temperature=1.0, top_k=2), oracle(logits_V, 1.0, 2, 1.0, 0.0))
 

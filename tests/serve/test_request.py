@@ -38,8 +38,10 @@ def run(text: str, limit: int = 100, eos: int = 0, **sampling: object) -> tuple[
 
 @pytest.mark.parametrize(
     "values",
-    [dict(max_tokens=0), dict(temperature=-0.1), dict(temperature=float("nan")), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1), dict(min_p=2.0)]
-    + [dict(repetition_penalty=0.0), dict(stop=("",)), dict(stop="abc")],
+    [
+        dict(max_tokens=0), dict(temperature=-0.1), dict(temperature=float("nan")), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1), dict(min_p=2.0),
+        dict(repetition_penalty=0.0), dict(stop=("",)), dict(stop="abc"),
+    ],
     ids=str,
 )
 def test_values_out_of_range_are_named(values: dict[str, object]) -> None:

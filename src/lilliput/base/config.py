@@ -69,6 +69,10 @@ class Settings:
         plain = {name: section.model_dump(mode="json") for name, section in self.values.items()}
         return {**plain.pop(TOP, {}), **plain}
 
+    def flat(self) -> dict[str, Any]:
+        """Every value by the key that `sources` has for it: "model", "train.lr", "lora.rank"."""
+        return {_join(name, k): getattr(section, k) for name, section in self.values.items() for k in type(section).model_fields}
+
     def to_toml(self) -> str:
         """The present sections, every key written out, as TOML that loads back to equal settings."""
         lines: list[str] = []
@@ -100,7 +104,7 @@ def load(
             if not on[short]:
                 raw[short] = {}
             continue
-        if name not in sections or short not in sections[name].model_fields:
+        if key.startswith(f"{TOP}.") or name not in sections or short not in sections[name].model_fields:
             raise _unknown(key, sections, source)
         on[name] = True
         raw[name][short] = (value, text, source)
@@ -173,7 +177,7 @@ def _frozen(value: Any) -> Any:
 def _build(name: str, cls: type[Section], raw: Mapping[str, tuple[Any, str | None, str]]) -> Section:
     """The section from its raw values; flags that fail as TOML values are tried once more as text."""
     values = {k: _frozen(value) for k, (value, _, _) in raw.items()}
-    texts = {k: text for k, (_, text, _) in raw.items() if text is not None}
+    texts = {k: text for k, (value, text, _) in raw.items() if text is not None and not isinstance(value, (list, dict))}
     while True:
         try:
             return cls.model_validate(values, strict=True)
@@ -187,8 +191,9 @@ def _build(name: str, cls: type[Section], raw: Mapping[str, tuple[Any, str | Non
 
 def _as_text(cls: type[Section], key: str, text: str) -> Any:
     """The text of a flag read leniently for this key (`.1`, `yes`, a bare word); the text itself where that fails."""
+    annotation: Any = cls.model_fields[key].annotation
     try:
-        return TypeAdapter(cls.model_fields[key].annotation).validate_strings(text)
+        return TypeAdapter[Any](annotation).validate_strings(text)
     except ValidationError:
         return text
 
@@ -203,24 +208,25 @@ def _bad_value(name: str, cls: type[Section], key: str, fault: Any, raw: Mapping
     if fault["type"] == "missing":
         return UserError(f"`{full}` is missing", why=f"wanted {want}", fix=fix)
     value, text, source = raw[key]
-    got = text if text is not None else value
+    got = text if text is not None else toml_value(_frozen(value)) if isinstance(value, (bool, int, float, str, list, tuple, dict)) else repr(value)
     detail = f"; {str(fault['msg']).removeprefix('Value error, ')}" if fault["type"] == "value_error" else ""
-    return UserError(f"`{full}` cannot be {got!r}", why=f"wanted {want}; got {_KINDS.get(type(value), type(value).__name__)} from {source}{detail}", fix=fix)
+    return UserError(f"`{full}` cannot be {got}", why=f"wanted {want}; got {_KINDS.get(type(value), type(value).__name__)} from {source}{detail}", fix=fix)
 
 
 def _unknown(key: str, sections: Mapping[str, type[Section]], source: str) -> UserError:
-    """An unknown key, with the nearest known one: the same key of another section, then a near key, then a near section."""
+    """An unknown key, with the nearest known one: the same key of another section, then a near key of its own section, then a near section."""
     every = [_join(n, k) for n, cls in sections.items() for k in cls.model_fields]
     name, short = _split(key)
-    mine = [_join(name, k) for k in sections[name].model_fields] if name in sections else []
-    near = [k for k in every if _split(k)[1] == short and k != key] or difflib.get_close_matches(key, mine, 1) or difflib.get_close_matches(key, every, 1)
+    mine = {k: _join(name, k) for k in sections[name].model_fields} if name in sections else {}
+    near = [k for k in every if _split(k)[1] == short]
+    near = near or [mine[k] for k in difflib.get_close_matches(short, mine, 1)]
     if not near and name not in sections:
         near = [f"{n}.{short}" for n in difflib.get_close_matches(name, sections, 1)]
     if not near and name == TOP:
         near = difflib.get_close_matches(short, [n for n in sections if n != TOP], 1)
     if not near:
         shorts = {_split(k)[1]: k for k in every}
-        near = [shorts[s] for s in difflib.get_close_matches(short, shorts, 1)]
+        near = [shorts[s] for s in difflib.get_close_matches(short, shorts, 1, cutoff=0.75)]
     known = f"keys of {name}: {', '.join(sections[name].model_fields)}" if name in sections else f"sections: {', '.join(n for n in sections if n != TOP)}"
     options = ", ".join(f"`{k}`" for k in near[:3])
     return UserError(f"unknown key `{key}`", why=f"came from {source}", fix=f"did you mean {options}?" if near else known)

@@ -41,6 +41,7 @@ class DeviceSpec:
     count: int = 1  # devices of this kind in one node
     free: int = 0  # bytes not in use when it was detected; the memory where it was declared
     cores: int = 0  # CPU: threads it may run
+    match: str = field(default="", repr=False)  # pattern of the names nvidia-smi gives this chip
 
     def peak(self, dtype: str) -> float:
         """Flop/s at a dtype; a dtype without units of its own runs at the fp32 rate. 0.0 = unknown."""
@@ -98,7 +99,8 @@ class Hardware:
         return replace(self, devices=(first, *(d for d in gpus if d is not first)))
 
     def _inventory(self) -> str:
-        return ", ".join(f"{d.count} x {d.name}" for d in dict.fromkeys((*self.devices, self.host)))
+        here = self.devices if self.host in self.devices else (*self.devices, self.host)
+        return ", ".join(f"{d.count} x {d.name}" for d in here)
 
 
 def names() -> list[str]:
@@ -129,6 +131,11 @@ def declared(name: str) -> Hardware:
         raise UserError(f"hardware file {name} is malformed", why=f"{type(fault).__name__}: {fault}", fix=f"copy the form of `{names()[0]}`") from None
 
 
+def find(name: str) -> Hardware:
+    """What the key `hardware` names: "auto" = this machine, else a declared one."""
+    return detect() if name == "auto" else declared(name)
+
+
 def detect(cpu_flops: float | None = None, root: Path = ROOT) -> Hardware:
     """This machine as the process may use it. `cpu_flops`: peak fp32 flop/s of the CPU, in place of the estimate.
 
@@ -136,15 +143,15 @@ def detect(cpu_flops: float | None = None, root: Path = ROOT) -> Hardware:
     """
     cores = cpus(root)
     info = _cpuinfo(root)
-    isa = _isa(info)
+    units = _isa(info)
     peak = cpu_flops or env.cpu_flops()
-    guess = peak or _cores_with_units(info, cores) * _clock(info, root) * next((n for name, n in FLOPS_PER_CYCLE.items() if name in isa), 2)
+    guess = peak or _cores_with_units(info, cores) * _clock(info, root) * next((n for name, n in FLOPS_PER_CYCLE.items() if name in units), 2)
     total, free = memory(root)
     name = next((info[0][k] for k in ("model name", "Model") if info and k in info[0]), platform.processor() or platform.machine())
     host = DeviceSpec("cpu", name, total, {"fp32": float(guess)}, _copy_bandwidth(), 1, free, cores)
     gpus = _gpus()
     estimated = (() if peak else ("cpu flops",)) + ("cpu bandwidth",)
-    return Hardware(platform.node() or "this machine", gpus or (host,), host, isa=isa, estimated=estimated, source="detected")
+    return Hardware(platform.node() or "this machine", gpus or (host,), host, isa=units, estimated=estimated, source="detected")
 
 
 def cpus(root: Path = ROOT) -> int:
@@ -160,12 +167,17 @@ def cpus(root: Path = ROOT) -> int:
     return max(1, allowed)
 
 
+def isa(root: Path = ROOT) -> tuple[str, ...]:
+    """Vector extensions of this CPU ("avx512", "avx2", "neon", ...)."""
+    return _isa(_cpuinfo(root))
+
+
 def memory(root: Path = ROOT) -> tuple[int, int]:
     """(bytes the process may use at most, bytes of them free now) under the cgroup limits of it and its ancestors.
 
     Page cache that the kernel can drop (inactive files) counts as free.
     """
-    table = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read(root / "proc/meminfo"), re.M))
+    table: dict[str, str] = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read(root / "proc/meminfo"), re.M))
     if table:
         total, free = int(table["MemTotal"]) * 1024, int(table.get("MemAvailable", table.get("MemFree", "0"))) * 1024
     else:  # not Linux
@@ -176,8 +188,8 @@ def memory(root: Path = ROOT) -> tuple[int, int]:
         limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
         used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
         if limit.isdigit() and used.isdigit() and int(limit) < total:
-            dropped = dict(re.findall(r"^(\w+) (\d+)$", _read(folder / "memory.stat"), re.M))
-            cache = int(dropped.get("total_inactive_file", dropped.get("inactive_file", 0)))
+            dropped: dict[str, str] = dict(re.findall(r"^(\w+) (\d+)$", _read(folder / "memory.stat"), re.M))
+            cache = int(dropped.get("total_inactive_file", dropped.get("inactive_file", "0")))
             total, free = int(limit), min(free, int(limit) - max(0, int(used) - cache))
         elif limit.isdigit():
             total = min(total, int(limit))
@@ -276,7 +288,7 @@ def _gpus() -> tuple[DeviceSpec, ...]:
     sheets = [device for name in names() for device in declared(name).devices if device.kind == "cuda"]
     specs: list[DeviceSpec] = []
     for _, _, name, total, free in rows:
-        sheet = next((s for s in sheets if _same_chip(s.name, name, int(total) << 20)), None)
+        sheet = next((s for s in sheets if s.match and re.search(s.match, name)), None)
         flops, bandwidth = (sheet.flops, sheet.bandwidth) if sheet else ({}, 0.0)
         spec = DeviceSpec("cuda", name, int(total) << 20, flops, bandwidth, 1, int(free) << 20)
         twin = next((i for i, s in enumerate(specs) if s.name == name and s.memory == spec.memory), None)
@@ -286,7 +298,3 @@ def _gpus() -> tuple[DeviceSpec, ...]:
             specs[twin] = replace(specs[twin], count=specs[twin].count + 1, free=min(specs[twin].free, spec.free))
     return tuple(specs)
 
-
-def _same_chip(sheet: str, name: str, total: int) -> bool:
-    """Whether nvidia-smi's name is the sheet's chip: every word of the sheet's name but its size, e.g. `V100 SXM`."""
-    return all(word.lower() in name.lower() for word in re.findall(r"[A-Z]+\d+|SXM", sheet))

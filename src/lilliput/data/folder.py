@@ -9,12 +9,12 @@ generation_config.json, config.json   more end tokens: chat models stop at sever
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from lilliput.base import records
 from lilliput.base.errors import UserError
 from lilliput.data import vocabulary
 from lilliput.data.vocabulary import Parts
@@ -22,14 +22,9 @@ from lilliput.data.vocabulary import Parts
 SUMMARY_KEY = "eos_token_ids"  # our own key in tokenizer_config.json: all end tokens; transformers keeps only one
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} where there is no file; UserError for anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON", str(error), "download the model again") from error
+    content = records.read_json(path) if path.is_file() else {}
     if not isinstance(content, dict):
         raise UserError(f"{path} is not valid", f"it holds a {type(content).__name__}, not an object", "download the model again")
     return content
@@ -50,19 +45,21 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 def read_folder(folder: Path) -> Parts:
     """The tokenizer of a model folder; UserError when it has none that can be read."""
-    config, names = read_json(folder / "tokenizer_config.json"), read_json(folder / "special_tokens_map.json")
+    config, names = read_object(folder / "tokenizer_config.json"), read_object(folder / "special_tokens_map.json")
 
     def name(key: str) -> str | None:
         value = config.get(key) or names.get(key)
         return value["content"] if isinstance(value, dict) else value
 
+    standard: int | None = None  # GPT-2's own files name no special token
     if (folder / "tokenizer.json").is_file():
         backend = read_tokenizer(folder / "tokenizer.json")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         backend = _gpt2_files(folder, [token for token in map(name, ("bos_token", "eos_token", "pad_token", "unk_token")) if token])
-        bos = name("bos_token")
-        if config.get("add_bos_token") and bos:  # OPT
-            vocabulary.add_bos(backend, backend.token_to_id(bos))
+        standard = backend.token_to_id(vocabulary.END)
+        bos_id = backend.token_to_id(str(name("bos_token")))
+        if config.get("add_bos_token") and bos_id is not None:  # OPT
+            vocabulary.add_bos(backend, bos_id)
     else:
         raise _no_tokenizer(folder)
     _add_tokens(backend, config.get("added_tokens_decoder", {}), folder)
@@ -72,11 +69,11 @@ def read_folder(folder: Path) -> Parts:
 
     ends = [token_id("eos_token"), *config.get(SUMMARY_KEY, [])]
     for file in ("generation_config.json", "config.json"):
-        value = read_json(folder / file).get("eos_token_id")
+        value = read_object(folder / file).get("eos_token_id")
         ends += value if isinstance(value, list) else [value]
-    if all(end is None for end in ends):
-        ends = [backend.token_to_id(vocabulary.END)]  # GPT-2's files name no special token
-    return Parts(backend, token_id("bos_token"), tuple(dict.fromkeys(int(i) for i in ends if i is not None)), token_id("pad_token"), _template(folder, config))
+    eos_ids = tuple(dict.fromkeys(int(end) for end in ends if end is not None)) or (() if standard is None else (standard,))
+    bos_id = token_id("bos_token") if name("bos_token") else standard
+    return Parts(backend, bos_id, eos_ids, token_id("pad_token"), _template(folder, config))
 
 
 def _no_tokenizer(folder: Path) -> UserError:
@@ -91,8 +88,8 @@ def _no_tokenizer(folder: Path) -> UserError:
 
 
 def _gpt2_files(folder: Path, special: list[str]) -> Tokenizer:
-    vocab = read_json(folder / "vocab.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    vocab = read_object(folder / "vocab.json")
+    lines = vocabulary.read_text(folder / "merges.txt").split("\n")
     backend = vocabulary.byte_level(vocab, [line for line in lines if line and not line.startswith("#version")])
     known = [token for token in dict.fromkeys([*special, vocabulary.END]) if token in vocab]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in known])
@@ -116,7 +113,7 @@ def _add_tokens(backend: Tokenizer, added: dict[str, Any], folder: Path) -> None
 def _template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return vocabulary.read_text(file)
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates
         named = {entry["name"]: entry["template"] for entry in template}
@@ -126,8 +123,6 @@ def _template(folder: Path, config: dict[str, Any]) -> str | None:
 
 def write_folder(folder: Path, parts: Parts) -> None:
     """tokenizer.json, tokenizer_config.json and special_tokens_map.json; AutoTokenizer of transformers loads them."""
-    from lilliput.base import records
-
     backend = parts.backend
     eos_id = parts.eos_ids[0] if parts.eos_ids else None
     ids = {"bos_token": parts.bos_id, "eos_token": eos_id, "pad_token": parts.pad_id, "unk_token": None}
@@ -138,7 +133,6 @@ def write_folder(folder: Path, parts: Parts) -> None:
         config[SUMMARY_KEY] = list(parts.eos_ids)
     if parts.chat_template is not None:
         config["chat_template"] = parts.chat_template
-    folder.mkdir(parents=True, exist_ok=True)
     for file, content in (("tokenizer_config.json", config), ("special_tokens_map.json", names)):
-        records.atomic_write(folder / file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        records.write_json(folder / file, content)
     records.atomic_write(folder / "tokenizer.json", backend.to_str(pretty=True))

@@ -107,7 +107,8 @@ class Tokenizer:
         eos_id = self.eos_ids[0] if self.eos_ids else None
         ids = {"bos_token": self.bos_id, "eos_token": eos_id, "pad_token": self.pad_id}
         special = {name: self.backend.id_to_token(number) for name, number in ids.items() if number is not None}
-        return template.render(self.chat_template, messages, add_generation_prompt, tools, special)
+        known = {name: token for name, token in special.items() if token is not None}
+        return template.render(self.chat_template, messages, add_generation_prompt, tools, known)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json (from_folder and transformers read them)."""
@@ -123,8 +124,9 @@ class Tokenizer:
     @cached_property
     def _steps(self) -> list[dict[str, Any]]:
         """The decoder's steps as tokenizer.json writes them."""
-        decoder = json.loads(self.backend.decoder.__getstate__()) if self.backend.decoder is not None else {"type": "none"}
-        steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+        state: Any = None if self.backend.decoder is None else self.backend.decoder.__getstate__()
+        decoder: dict[str, Any] = {"type": "none"} if state is None else json.loads(state)
+        steps: list[dict[str, Any]] = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
         unknown = [step["type"] for step in steps if step["type"] not in ("ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip")]
         if unknown:
             raise UserError(f"decoder `{unknown[0]}` of this tokenizer is not supported", "known: ByteLevel, and Replace, ByteFallback, Fuse, Strip in sequence")

@@ -38,6 +38,22 @@ class Parts:
     chat_template: str | None = None
 
 
+def read_bytes(path: Path) -> bytes:
+    """A whole file; UserError when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}", error.strerror or str(error), f"ls -l {path}") from error
+
+
+def read_text(path: Path) -> str:
+    """A whole UTF-8 file, line ends as they are."""
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8", f"byte 0x{error.object[error.start]:02x} at offset {error.start}", "download the model again") from error
+
+
 # ---- byte-level BPE
 
 
@@ -66,7 +82,7 @@ GGUF_PRE = {
 
 def byte_level(vocab: Mapping[str, int], merges: Iterable[str], ignore_merges: bool = False) -> Tokenizer:
     """Byte-level BPE with GPT-2's words from a vocabulary and lines `left right`."""
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
         backend = Tokenizer(models.BPE(vocab=dict(vocab), merges=pairs, ignore_merges=ignore_merges))
     except Exception as error:  # tokenizers raises bare Exception
@@ -114,7 +130,7 @@ def sentencepiece(vocab: Mapping[str, int], scores: Mapping[str, float], unknown
 
 def from_llama2c(path: Path) -> Parts:
     """llama2.c's tokenizer file: int32 longest piece, then (float32 score, int32 bytes, UTF-8) for each id; 0 unknown, 1 BOS, 2 EOS."""
-    content = path.read_bytes()
+    content = read_bytes(path)
     pieces: list[str] = []
     scores: list[float] = []
     offset = 4
@@ -241,8 +257,8 @@ def train_bpe(texts: Iterable[str], size: int) -> Parts:
 
 
 def _made_here(backend: Tokenizer) -> Parts:
-    end, end_turn = backend.token_to_id(END), backend.token_to_id(END_TURN)
-    return Parts(backend, eos_ids=(end, end_turn), pad_id=end, chat_template=CHATML)
+    ids = backend.get_vocab()
+    return Parts(backend, eos_ids=(ids[END], ids[END_TURN]), pad_id=ids[END], chat_template=CHATML)
 
 
 def byte_characters() -> dict[int, str]:

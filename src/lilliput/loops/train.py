@@ -96,7 +96,7 @@ class _Loop:
         data = data.model_copy(update={"path": hub.resolve_data(data.path), "eval_path": hub.resolve_data(data.eval_path)})
         self.tokenizer: Tokenizer = self._tokenizer(make_tokenizer, checkpoint, data)
         if self.job.train.init == "scratch" and self.tokenizer.vocab_size != spec.vocab:
-            spec = replace(spec, vocab=self.tokenizer.vocab_size, bos=self.tokenizer.bos_id, eos=self.tokenizer.eos_ids)
+            spec = replace(spec, vocab=self.tokenizer.vocab_size, bos_id=self.tokenizer.bos_id, eos_ids=self.tokenizer.eos_ids)
         if data.sequence > spec.context:
             raise UserError(f"data.sequence={data.sequence} is too long", f"the model knows {spec.context} positions", f"data.sequence={spec.context}")
         self.spec, self.lineage = spec, checkpoint
@@ -106,7 +106,7 @@ class _Loop:
         self.identity = self._identity(spec)
 
     def _tokenizer(self, make: Any, checkpoint: Checkpoint | None, data: Any) -> Tokenizer:
-        from lilliput.data.text import texts
+        from lilliput.data.load import texts
 
         saved = self.run.folder / "tokenizer"
         if data.tokenizer == "auto":
@@ -115,7 +115,7 @@ class _Loop:
             return checkpoint.tokenizer()
         if saved.is_dir():  # made from the data by the run that is resumed
             return make(str(saved), [])
-        tokenizer = make(data.tokenizer, lambda: texts(data.path, data.format))
+        tokenizer = make(data.tokenizer, texts(data))
         with records.atomic_folder(saved) as folder:
             tokenizer.save(folder)
         return tokenizer
@@ -140,18 +140,16 @@ class _Loop:
         import torch
 
         from lilliput.models.decoder import Decoder, init_tensor
-        from lilliput.ops.dropout import Counter
         from lilliput.parallel.rig import assemble
 
         top, settings = self.job.top, self.job.train
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if top.device == "auto" else top.device)
-        torch.set_num_threads(self.hardware.device.cores if top.threads == "auto" else top.threads)
-        counter = Counter(seed=top.seed)
+        torch.set_num_threads(self.hardware.cpus() if top.threads == "auto" else top.threads)
         with torch.device("meta"):
-            model = Decoder(spec, dropout=settings.dropout, counter=counter)
+            model = Decoder(spec)
+        model.dropout = settings.dropout
         return assemble(
-            model, model.facts, self.job.rooms,
-            site=self.estimate.site, device=device, seed=top.seed, dtype=top.dtype, counter=counter, clip=settings.clip,
+            model, self.job.rooms, site=self.estimate.site, device=device, seed=top.seed, dtype=top.dtype, clip=settings.clip,
             read=checkpoint.read if checkpoint is not None and settings.init == "weights" else None,
             init=lambda name, shape, seed: init_tensor(name, shape, seed, spec),
             optimizer={"betas": (settings.beta1, settings.beta2), "eps": settings.eps, "weight_decay": settings.weight_decay},
@@ -224,7 +222,7 @@ class _Loop:
         flops = self.estimate.step_flops / spent
         return {
             "step": step, "loss": sums.mean, "grad_norm": sums.norm, "lr": rate, "targets": sums.weight,
-            "tokens_per_second": per_second, "mfu": flops / self.hardware.device.peak_flops("fp32"),
+            "tokens_per_second": per_second, "mfu": flops / self.hardware.device.peak("fp32"),
             "eta_seconds": average * (self.job.train.steps - step), "peak_bytes": peak_bytes(), "seconds": spent,
         }  # fmt: skip
 
@@ -269,7 +267,7 @@ class _Loop:
             "sections": {name: room.model_dump(mode="json") for name, room in self.job.rooms.items()},
             "evaluation": {str(r["step"]): r["eval_loss"] for r in rows if "eval_loss" in r},
         }
-        save_model(folder / "model", self.rig.weights(self.rig), self.spec, self.tokenizer, dtype=self.job.top.dtype, lineage=lineage)
+        save_model(folder / "model", lambda name: self.rig.weight(self.rig, name), self.spec, self.tokenizer, dtype=self.job.top.dtype, lineage=lineage)
         for name, write in self.rig.exports.items():
             with records.atomic_folder(folder / name) as building:
                 write(self.rig, building)

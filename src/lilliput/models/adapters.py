@@ -26,10 +26,10 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # A [rank, in], B [out, rank]
 def modules(spec: DecoderSpec) -> dict[str, tuple[str, Any]]:
     """Canonical Linear path -> (module path in transformers, transform of its weight)."""
     result = {}
-    for name, (source, transform) in checkpoint_names(spec).items():
+    for name, (sources, transform) in checkpoint_names(spec).items():
         path, _, leaf = name.rpartition(".")
         if leaf == "weight" and path.endswith("_proj"):
-            result[path] = (source.removesuffix(".weight"), transform)
+            result[path] = (sources[0].removesuffix(".weight"), transform)
     return result
 
 

@@ -38,14 +38,14 @@ class Reference:
         return None
 
     def run(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-        """mask bool, broadcastable to [B, H, T, S]; causal: a square causal mask in its place."""
+        """mask broadcastable to [B, H, T, S], bool or added; causal: a square causal mask in its place."""
         group = q_BHTD.shape[1] // k_BGSD.shape[1]
         k, v = (k_BGSD, v_BGSD) if group == 1 else (k_BGSD.repeat_interleave(group, 1), v_BGSD.repeat_interleave(group, 1))
         scores = (q_BHTD * scale) @ k.transpose(-1, -2)
         if causal:
             mask = visible(q_BHTD.shape[2], k.shape[2], None, q_BHTD.device)
-        if mask is None:
-            return scores.softmax(-1) @ v
+        if mask is None or mask.dtype != torch.bool:
+            return (scores if mask is None else scores + mask).softmax(-1) @ v
         return scores.masked_fill(~mask, float("-inf")).softmax(-1).masked_fill(~mask, 0.0) @ v
 
 
@@ -70,6 +70,12 @@ class Sdpa:
 BACKENDS = {backend.name: backend for backend in (Sdpa(), Reference())}  # in order of preference
 
 
+def _overlay(mask: Tensor | None, seen: Tensor) -> Tensor:
+    if mask is None:
+        return seen
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
+
+
 def choose(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[str, str]:
     """(backend name, reason): the first of BACKENDS that takes these tensors, with why the ones before it do not."""
     refusals: list[str] = []
@@ -85,8 +91,9 @@ def attend(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool, wind
            scale: float | None = None, backend: str = "auto") -> Tensor:
     """q [B, H, T, D] over k, v [B, G, S, D] (G divides H; v may have another D) -> [B, H, T, D of v].
 
-    mask: bool, True = may be seen, broadcastable to [B, H, T, S]; taken as it is when given with causal=False, and
-    intersected with the causal (and window) mask when causal=True. scale: 1/sqrt(D) when None. window needs causal.
+    mask, broadcastable to [B, H, T, S]: bool (True = may be seen) or floats added to the scores. With causal=True the
+    causal and window mask is laid over it; make the mask once and pass causal=False where many layers share it.
+    scale: 1/sqrt(D) when None. window needs causal.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise UserError(f"unknown attention backend `{backend}`", fix=did_you_mean(backend, [*BACKENDS, "auto"]))
@@ -101,7 +108,7 @@ def attend(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool, wind
         k_BGSD, v_BGSD, causal = k_BGSD[:, :, -window:], v_BGSD[:, :, -window:], False
     elif causal and (mask is not None or window is not None or 1 < queries < keys):
         seen = visible(queries, keys, window, q_BHTD.device)
-        mask, causal = (seen if mask is None else mask & seen), False
+        mask, causal = _overlay(mask, seen), False
     elif queries == 1:
         causal = False
     name = choose(q_BHTD, k_BGSD, v_BGSD)[0] if backend == "auto" else backend

@@ -9,7 +9,7 @@ The loop knows only `step`, `evaluate` and `export`. The rig knows no technique.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,11 @@ class Rig:
     objective: Callable[[nn.Module, MicroBatch], tuple[torch.Tensor, int]]  # -> (loss_sum, weight)
     schedule: Callable[[Rig, Sequence[MicroBatch], int], torch.Tensor]  # all forwards and backwards of one step -> loss sum
     update: Callable[[Rig, float], float]  # (rig, learning rate) -> gradient norm
+    counter: Counter  # keys dropout; the rig sets it, the model's modules read it
     clip: float = 0.0
-    counter: Counter = field(default_factory=Counter)  # keys dropout; the rig sets it, modules read it
     optimizer: AdamW | None = None
     exports: Mapping[str, Callable[[Rig, Path], None]] = field(default_factory=dict)  # folder name -> writer
-    weights: Callable[[Rig], Iterator[tuple[str, torch.Tensor]]] = lambda rig: iter(rig.model.named_parameters())  # as exported
+    weight: Callable[[Rig, str], torch.Tensor] = lambda rig, name: rig.model.get_parameter(name).detach()  # as files hold it
 
     def step(self, batch: Sequence[MicroBatch], learning_rate: float, number: int) -> Sums:
         """One optimizer step over all its micro-batches; gradients are those of the mean loss over every scored target."""
@@ -154,8 +154,7 @@ def refuse(rooms: Mapping[str, Strategy], facts: Facts) -> None:
 
 
 def assemble(
-    model: nn.Module,
-    facts: Facts,
+    model: Any,
     rooms: Mapping[str, Strategy],
     *,
     site: Site,
@@ -166,18 +165,19 @@ def assemble(
     init: Callable[[str, tuple[int, ...], int], torch.Tensor],
     optimizer: Mapping[str, Any],
     clip: float,
-    counter: Counter,
 ) -> Rig:
-    """Assemble a model built on meta with its rooms (order in the module docstring).
+    """Assemble a model built on meta (it states `facts` and carries a dropout `counter`) with its rooms; order: see above.
 
     read(name) gives a parameter from the checkpoint (None: all from `init`); init(name, shape, seed) makes a fresh one.
     optimizer: keywords of parallel.optimizer.AdamW. Raises UserError when a room refuses.
     """
+    facts = model.facts
     refuse(rooms, facts)
+    model.counter.seed = seed
     whole = ("*", init) if read is None else ("*", lambda name, shape, seed: read(name))
     rig = Rig(
         model=model, facts=facts, site=site, device=device, seed=seed, homes=(("*", Home(dtype)),), init=(whole,),
-        objective=next_token, schedule=accumulate, update=clip_and_step, clip=clip, counter=counter,
+        objective=next_token, schedule=accumulate, update=clip_and_step, clip=clip, counter=model.counter,
     )  # fmt: skip
     acts = order(rooms)
     for phase, _, act in acts:

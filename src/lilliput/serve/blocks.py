@@ -11,6 +11,8 @@ Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 BLOCK = 16  # tokens; the paper's default: small waste, and one block is a whole tile of a kernel
 
 
@@ -21,7 +23,7 @@ def blocks_for(tokens: int) -> int:
 
 def consecutive(table: list[int]) -> bool:
     """Whether the blocks follow each other, so that the sequence is one slice of the cache."""
-    return all(after == before + 1 for before, after in zip(table, table[1:]))
+    return all(after == before + 1 for before, after in pairwise(table))
 
 
 def slots(table: list[int], start: int, stop: int) -> list[int]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from lilliput.base.errors import UserError
 
 if TYPE_CHECKING:
-    from lilliput.data.tokenizer import TokenStream
+    from lilliput.data.tokenizer import TextStream
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -106,7 +106,7 @@ class Request:
     sampling: Sampling
     limit: int  # new tokens at most, the model's context considered
     eos: frozenset[int]
-    words: TokenStream
+    words: TextStream
     tokens: list[int] = field(default_factory=list)
     seed: int = 0
 

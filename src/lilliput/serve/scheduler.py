@@ -58,7 +58,8 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step: running sequences first, then admissions while budget and blocks last."""
-        chunks, budget = [], self.max_batch_tokens
+        chunks: list[Chunk] = []
+        budget = self.max_batch_tokens
         for seq in self.running:
             if budget == 0:
                 break

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -95,15 +95,17 @@ class Lora(Section):
         for parameter in rig.model.parameters():
             parameter.requires_grad_(False)
         with torch.device("meta"):
-            for path, (rows, columns) in self.chosen(rig.facts).items():
-                drop = Dropout(self.dropout, rig.counter, site=f"{path}.delta") if self.dropout else None
+            for site, (path, (rows, columns)) in enumerate(self.chosen(rig.facts).items(), start=1_000_000):  # past the model's own sites
+                drop = Dropout(rig.counter, site) if self.dropout else None
+                if drop is not None:
+                    drop.p = self.dropout
                 rig.model.get_submodule(path).deltas["lora"] = LowRank(columns, rows, self.rank, self.alpha / self.rank, drop)
         return replace(
             rig,
             homes=(*rig.homes, ("*.deltas.lora.*", replace(rig.homes[0][1], codec="fp32"))),
             init=(*rig.init, ("*.deltas.lora.*", self.start(rig))),
             exports={**rig.exports, "adapter": self.write},
-            weights=merged,
+            weight=merged,
         )
 
     def start(self, rig: Rig) -> Callable[[str, tuple[int, ...], int], Tensor]:
@@ -145,17 +147,14 @@ def adapted(model: nn.Module) -> list[tuple[str, Any]]:
     return [(path, m) for path, m in model.named_modules() if "lora" in getattr(m, "deltas", {})]
 
 
-def merged(rig: Rig) -> Iterator[tuple[str, Tensor]]:
-    """Parameters under their own names with each update added to its weight, one at a time; the model is left as it is."""
-    carrying = dict(adapted(rig.model))
-    for name, parameter in rig.model.named_parameters():
-        path, _, leaf = name.rpartition(".")
-        if ".deltas." in name:
-            continue
-        if leaf == "weight" and path in carrying:
-            yield name, (parameter.detach().float() + carrying[path].deltas["lora"].weight().detach()).to(parameter.dtype)
-        else:
-            yield name, parameter.detach()
+def merged(rig: Rig, name: str) -> Tensor:
+    """A parameter by name, its update added; the model is left as it is."""
+    parameter = rig.model.get_parameter(name).detach()
+    path, _, leaf = name.rpartition(".")
+    deltas = getattr(rig.model.get_submodule(path), "deltas", {})
+    if leaf != "weight" or "lora" not in deltas:
+        return parameter
+    return (parameter.float() + deltas["lora"].weight().detach()).to(parameter.dtype)
 
 
 def merge(model: nn.Module) -> int:

@@ -1,0 +1,146 @@
+"""The public Python names: the same words as the command line, typed.
+
+    import lilliput
+    model = lilliput.load("smollm2-135m")
+    model.chat("What is the capital of France?")
+
+Nothing here prints or keeps hidden state: a chat remembers only inside a `Chat`. torch loads when a model does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lilliput.base.errors import DoesNotFit, UserError, did_you_mean
+from lilliput.base.job import Job
+from lilliput.loops.train import TrainResult
+from lilliput.serve.request import Sampling
+
+if TYPE_CHECKING:
+    from lilliput.data.tokenizer import Tokenizer
+    from lilliput.models.decoder import Decoder
+    from lilliput.models.spec import DecoderSpec
+    from lilliput.plan.estimate import Estimate
+    from lilliput.serve.engine import Engine
+
+__all__ = ["Chat", "DoesNotFit", "Job", "LanguageModel", "Sampling", "TrainResult", "UserError", "evaluate", "load", "plan", "pull", "train"]
+
+Message = Mapping[str, Any]  # {"role": "user" | "assistant" | "system", "content": text}
+
+
+@dataclass
+class LanguageModel:
+    """A model with its tokenizer, ready to answer. `module` is the torch module, in evaluation mode.
+
+    Sampling keywords are the fields of `Sampling`: max_tokens, temperature (0 = greedy), top_k, top_p, min_p,
+    repetition_penalty, seed, stop, ignore_eos. An unknown one is a UserError.
+    """
+
+    module: Decoder
+    tokenizer: Tokenizer
+
+    @property
+    def spec(self) -> DecoderSpec:
+        """The shape of the model."""
+        return self.module.spec
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The serving engine, made at the first question (this allocates the cache)."""
+        from lilliput.serve.engine import Engine
+
+        return Engine(self.module, self.tokenizer)
+
+    def generate(self, prompt: str, **sampling: Any) -> str:
+        """The text that follows the prompt, without a chat template."""
+        return "".join(self.stream(prompt, **sampling))
+
+    def stream(self, prompt: str | Sequence[Message], **sampling: Any) -> Iterator[str]:
+        """Pieces of text as they come. A prompt string is gone on from; a list of messages goes through the chat template."""
+        special = isinstance(prompt, str)
+        text = prompt if isinstance(prompt, str) else self.tokenizer.apply_chat(prompt)
+        for delta in self.engine.stream(self.tokenizer.encode(text, special=special), _sampling(sampling)):
+            yield delta.text
+
+    def chat(self, question: str | Sequence[Message], *, system: str = "", **sampling: Any) -> str:
+        """The answer to one question, or to a list of messages. Nothing is remembered; `conversation` remembers."""
+        messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+        return "".join(self.stream([*_system(system), *messages], **sampling))
+
+    def conversation(self, system: str = "", **sampling: Any) -> Chat:
+        """A conversation that remembers what was said, with these sampling keywords for every answer."""
+        _sampling(sampling)
+        return Chat(self, sampling, _system(system))
+
+
+@dataclass
+class Chat:
+    """A conversation: `say` asks, `messages` is all that was said so far and may be edited."""
+
+    model: LanguageModel
+    sampling: Mapping[str, Any]
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def say(self, text: str) -> str:
+        """The answer; question and answer join `messages` once the answer is complete."""
+        question = {"role": "user", "content": text}
+        answer = self.model.chat([*self.messages, question], **self.sampling)
+        self.messages += [question, {"role": "assistant", "content": answer}]
+        return answer
+
+
+def load(name: str | Path, *, device: str = "auto", dtype: Literal["fp32", "bf16"] = "fp32") -> LanguageModel:
+    """A model by name (pulled when it is not in the cache), folder or file. UserError when there is none or it is damaged."""
+    from lilliput.models.load import load_model
+
+    module, tokenizer, _ = load_model(str(name), device, dtype)
+    return LanguageModel(module, tokenizer)
+
+
+def pull(name: str) -> Path:
+    """Fetch a model or `data:NAME` into the cache, unless it is there, and return where it lies."""
+    from lilliput.models import hub
+
+    return hub.locate(name)
+
+
+def train(job: Job | str | Path | None = None, *, out: str | Path, **sections: Any) -> TrainResult:
+    """Run a job (a Job, a TOML file, or sections as keywords) in the folder `out`, or go on with it.
+
+    Example: train(model="smollm2-135m", data={"path": "notes.txt"}, train={"steps": 50}, lora={"rank": 8}, out="runs/notes")
+    """
+    from lilliput.base.show import Show
+    from lilliput.loops.train import train as run
+
+    return run(_job(job, sections), Path(out), Show())
+
+
+def plan(job: Job | str | Path | None = None, **sections: Any) -> Estimate:
+    """What the job will cost, before it runs and without torch: bytes by term, what fits, the nearest fixes."""
+    from lilliput.cli.plan import estimate
+
+    return estimate(_job(job, sections))
+
+
+def _job(job: Job | str | Path | None, sections: Mapping[str, Any]) -> Job:
+    if isinstance(job, Job):
+        if sections:
+            raise UserError("a Job and sections at once", f"got sections {', '.join(sections)}", "give them to Job.load instead")
+        return job
+    return Job.load(job, **sections)
+
+
+def _system(text: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _sampling(keywords: Mapping[str, Any]) -> Sampling:
+    known = [f.name for f in fields(Sampling)]
+    unknown = [name for name in keywords if name not in known]
+    if unknown:
+        raise UserError(f"unknown sampling keyword `{unknown[0]}`", fix=did_you_mean(unknown[0], known))
+    return Sampling(**keywords)

@@ -1,0 +1,251 @@
+"""Engine: tokens equal transformers' generate and the model's own forward, in any batch; what leaves frees its blocks."""
+
+from __future__ import annotations
+
+import random
+import warnings
+
+import pytest
+import torch
+
+from lilliput.base.errors import DoesNotFit, UserError
+from lilliput.data.tokenizer import Tokenizer
+from lilliput.models.decoder import Decoder
+from lilliput.models.families import from_canonical, hf_from_spec
+from lilliput.models.spec import DecoderSpec, Rope
+from lilliput.serve.engine import Engine
+from lilliput.serve.request import Sampling
+
+LAYERNORM = dict(norm="layer", positions="learned", qkv_bias=True, o_bias=True, mlp_bias=True, tied=True)
+SPECS = {
+    "llama": DecoderSpec("llama", 259, 48, 3, 6, 2, 8, 96, 128, rope=Rope(10000.0), tied=True),
+    "gpt2": DecoderSpec("gpt2", 259, 48, 2, 4, 4, 12, 192, 128, activation="gelu_tanh", **LAYERNORM),  # type: ignore[arg-type]
+    "opt": DecoderSpec("opt", 259, 48, 2, 4, 4, 12, 96, 128, activation="relu", **LAYERNORM),  # type: ignore[arg-type]
+    "qwen3": DecoderSpec("qwen3", 259, 48, 2, 4, 2, 16, 96, 128, qk_norm=True, norm_eps=1e-6),
+    "mistral": DecoderSpec("mistral", 259, 48, 2, 4, 2, 12, 96, 128, window=10),
+}
+GREEDY = Sampling(max_tokens=24, ignore_eos=True)
+
+
+def model_of(family: str, seed: int = 0) -> Decoder:
+    """A random model whose logits spread far enough for a greedy answer to vary."""
+    model = Decoder(SPECS[family])
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm.weight" in name else 0.0, 0.15, generator=generator)
+    return model.eval()
+
+
+def prompts_of(count: int, seed: int = 1) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(256) for _ in range(draw.randrange(1, 60))] for _ in range(count)]
+
+
+def engine_of(model: Decoder, **settings: object) -> Engine:
+    return Engine(model, Tokenizer.bytes_(), **({"kv_tokens": 1024} | settings))  # type: ignore[arg-type]
+
+
+def oracle(model: Decoder, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """transformers' greedy generate on the same weights, one prompt at a time."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = hf_from_spec(model.spec)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="eager").eval()
+    state = dict(from_canonical(model.spec, model.get_parameter))
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    theirs.tie_weights()
+    how = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        return [theirs.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), generation_config=how)[0, len(p) :].tolist() for p in prompts]
+
+
+def finish(engine: Engine) -> dict[int, list[int]]:
+    """Step until nothing is left; tokens by request."""
+    out: dict[int, list[int]] = {}
+    while engine.busy:
+        for delta in engine.step():
+            out.setdefault(delta.id, []).extend([] if delta.token is None else [delta.token])
+    return out
+
+
+@pytest.mark.parametrize("family", SPECS)
+def test_greedy_tokens_equal_transformers(family: str) -> None:
+    """Alone and in a batch, prompts whole and in chunks of 7."""
+    model, prompts = model_of(family), prompts_of(4)
+    expected = oracle(model, prompts, GREEDY.max_tokens)
+    for settings in (dict(), dict(max_batch_tokens=7)):
+        engine = engine_of(model, **settings)
+        assert [list(engine.generate([p], GREEDY)[0].tokens) for p in prompts] == expected
+        assert [list(done.tokens) for done in engine.generate(prompts, GREEDY)] == expected
+        assert engine.pool.free_count == engine.pool.total
+
+
+def test_logits_of_the_cache_equal_the_whole_forward(device: str) -> None:
+    """Every chunk and decode row within 2e-5 of one uncached forward (fp32); the log probabilities too."""
+    model = model_of("llama").to(device)
+    for done, prompt in zip(engine_of(model, max_batch_tokens=16).generate(prompts_of(3), GREEDY), prompts_of(3)):
+        with torch.inference_mode():
+            logits_TV = model(torch.tensor([prompt + list(done.tokens)], device=device))[0, len(prompt) - 1 : -1]
+        logprobs = logits_TV.log_softmax(-1).gather(1, torch.tensor(done.tokens, device=device)[:, None])[:, 0].cpu()
+        torch.testing.assert_close(torch.tensor(done.logprobs), logprobs, rtol=0, atol=2e-5)
+        assert logits_TV.argmax(-1).tolist() == list(done.tokens)
+
+
+def test_scattered_blocks_give_the_same_tokens() -> None:
+    model, prompts = model_of("llama"), prompts_of(1, seed=5)
+    engine = engine_of(model, kv_tokens=16 * 16)
+    expected = engine.generate(prompts, GREEDY)
+    table = engine.pool.alloc(16)
+    engine.pool.free(table[::2])  # only every second block is free
+    assert engine.generate(prompts, GREEDY)[0].tokens == expected[0].tokens
+    assert engine.pool.free_count == 8
+
+
+def test_a_seed_gives_the_same_tokens_in_any_batch() -> None:
+    model, prompts = model_of("qwen3"), prompts_of(9)
+    how = [Sampling(20, 0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.1, seed=i, ignore_eos=True) for i in range(9)]
+    alone = [engine_of(model).generate([p], s)[0].tokens for p, s in zip(prompts, how)]
+    assert len(set(alone)) == 9
+    for trial in range(4):
+        draw = random.Random(trial)
+        engine = engine_of(model, max_batch_tokens=draw.choice([5, 40, 512]))
+        order = draw.sample(range(9), 9)
+        ids = {}
+        for i in order:
+            ids[i] = engine.add(prompts[i], how[i])
+            if draw.random() < 0.5:
+                engine._notes = engine.step() + engine._notes  # arrivals at different steps
+        got = finish(engine)
+        assert [tuple(got[ids[i]]) for i in range(9)] == alone
+    other = engine_of(model).generate(prompts[:1], Sampling(20, 0.9, seed=77, ignore_eos=True))[0].tokens
+    assert other != alone[0]
+
+
+def test_requests_join_and_leave_while_others_run() -> None:
+    model, prompts = model_of("llama"), prompts_of(6, seed=2)
+    expected = {i: engine_of(model).generate([p], Sampling(4 + 5 * i, ignore_eos=True))[0].tokens for i, p in enumerate(prompts)}
+    engine = engine_of(model, kv_tokens=200, max_batch_tokens=20)  # room for about three of them
+    for i, p in enumerate(prompts):
+        assert engine.add(p, Sampling(4 + 5 * i, ignore_eos=True)) == i
+    assert {i: tuple(tokens) for i, tokens in finish(engine).items()} == expected
+    assert engine.pool.free_count == engine.pool.total
+
+
+def test_cancel_frees_the_blocks_at_once() -> None:
+    engine = engine_of(model_of("gpt2"), max_batch_tokens=8)
+    first, second, waiting = (engine.add(p, Sampling(50, ignore_eos=True)) for p in ([1] * 20, [2] * 5, [3] * 5))
+    engine.step()
+    free = engine.pool.free_count
+    assert engine.cancel(first) and engine.pool.free_count == free + 5  # 20 + 50 - 1 tokens
+    assert engine.cancel(waiting) and engine.pool.free_count == free + 5
+    assert not engine.cancel(first)
+    deltas = engine.step()
+    assert [(d.id, d.token, d.finish_reason) for d in deltas[:2]] == [(first, None, "cancelled"), (waiting, None, "cancelled")]
+    assert [d.id for d in deltas[2:]] == [second]
+    assert len(finish(engine)[second]) == 49
+    assert engine.pool.free_count == engine.pool.total and not engine.cancel(second)
+
+
+def test_streams_interleave_and_closing_one_stops_it() -> None:
+    model = model_of("llama")
+    engine = engine_of(model)
+    a, b = prompts_of(2, seed=3)
+    expected = [done.tokens for done in engine.generate([a, b], GREEDY)]
+    loose = engine.add(a, Sampling(3, ignore_eos=True))
+    first, second = engine.stream(a, GREEDY), engine.stream(b, GREEDY)
+    pairs = [(next(first).token, next(second).token) for _ in range(10)]
+    assert tuple(x for x, _ in pairs) == expected[0][:10] and tuple(y for _, y in pairs) == expected[1][:10]
+    first.close()  # type: ignore[attr-defined]
+    rest = list(second)
+    assert tuple(delta.token for delta in rest) == expected[1][10:] and rest[-1].finish_reason == "length"
+    assert engine.pool.free_count == engine.pool.total
+    assert [(d.id, d.token) for d in engine.step()] == [(loose, token) for token in expected[0][:3]]  # kept for whoever steps
+    assert not engine.busy
+
+
+def test_the_end_token_and_stop_strings_end_an_answer() -> None:
+    model, tokenizer = model_of("llama"), Tokenizer.bytes_()
+    (prompt,) = prompts_of(1, seed=8)
+    free = engine_of(model).generate([prompt], GREEDY)[0]
+    eos = free.tokens[5]
+    at = free.tokens.index(eos)
+    engine = engine_of(model)
+    engine._eos = frozenset({eos})
+    done = engine.generate([prompt], Sampling(24))[0]
+    assert done.tokens == free.tokens[: at + 1] and done.finish_reason == "stop" and len(done.logprobs) == at + 1
+    assert done.text == tokenizer.decode(free.tokens[:at])
+    stop = free.text[4:6]
+    cut = engine_of(model).generate([prompt], Sampling(24, stop=(stop,), ignore_eos=True))[0]
+    assert cut.text == free.text[: free.text.index(stop)] and cut.finish_reason == "stop"
+
+
+def test_an_answer_ends_where_the_context_ends() -> None:
+    engine = engine_of(model_of("gpt2"))
+    done = engine.generate([[1] * 120], Sampling(1000, ignore_eos=True))[0]
+    assert len(done.tokens) == 8 and done.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "prompt, sampling, words",
+    [
+        ([], Sampling(), "no tokens"),
+        ([1, 259], Sampling(), "token id 259"),
+        ([-1], Sampling(), "token id -1"),
+        ([1] * 128, Sampling(), "longer than the model's context"),
+        ([1] * 60, Sampling(50), "does not fit into the cache"),
+    ],
+    ids=["empty", "vocabulary", "negative", "context", "cache"],
+)
+def test_requests_that_can_never_run_are_refused(prompt: list[int], sampling: Sampling, words: str) -> None:
+    engine = engine_of(model_of("llama"), kv_tokens=64)
+    with pytest.raises(UserError, match=words) as error:
+        engine.add(prompt, sampling)
+    assert error.value.why and error.value.fix
+    assert not engine.busy and engine.pool.free_count == engine.pool.total
+
+
+def test_a_request_that_does_not_fit_says_what_would() -> None:
+    engine = engine_of(model_of("llama"), kv_tokens=64)
+    with pytest.raises(DoesNotFit) as error:
+        engine.add([1] * 60, Sampling(50))
+    assert "60 tokens of prompt and 50 of answer need 109 tokens of cache, it has 64" in error.value.why
+    assert error.value.fix == "kv_tokens=112 or max_tokens=4"
+    engine.add([1] * 60, Sampling(4))
+    engine_of(model_of("llama"), kv_tokens=112).add([1] * 60, Sampling(50))
+
+
+def test_a_batch_with_a_bad_prompt_leaves_nothing_behind() -> None:
+    engine = engine_of(model_of("llama"))
+    with pytest.raises(UserError):
+        engine.generate([[1, 2], []], GREEDY)
+    assert not engine.busy and engine.pool.free_count == engine.pool.total and not engine._inboxes
+
+
+def test_broken_weights_are_named() -> None:
+    model = model_of("llama")
+    with torch.no_grad():
+        model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")  # type: ignore[union-attr, index]
+    with pytest.raises(UserError, match="not finite"):
+        engine_of(model).generate([[1, 2, 3]], GREEDY)
+
+
+def test_bf16_weights_are_served_with_a_cache_in_fp32_on_cpus() -> None:
+    model = model_of("llama").to(torch.bfloat16)
+    engine = engine_of(model)
+    (prompt,) = prompts_of(1)
+    done = engine.generate([prompt], GREEDY)[0]
+    with torch.inference_mode():
+        logits_TV = model(torch.tensor([prompt + list(done.tokens)]))[0, len(prompt) - 1 : -1]
+    assert logits_TV.argmax(-1).tolist() == list(done.tokens)
+    assert engine.runner.store_2LGSD.dtype == torch.float32  # type: ignore[attr-defined]
+
+
+def test_the_cache_is_sized_by_contexts_where_nobody_says() -> None:
+    assert Engine(model_of("llama"), Tokenizer.bytes_()).kv_tokens == 4 * 128
+    with pytest.raises(UserError, match="kv_tokens=0"):
+        engine_of(model_of("llama"), kv_tokens=0)
+    with pytest.raises(UserError, match="unknown kv policy `ful`"):
+        engine_of(model_of("llama"), policy="ful")
