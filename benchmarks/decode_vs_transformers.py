@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 
 import torch
+import transformers
 from twins import greedy, transformers_twin
 
 from lilliput.base import hardware
@@ -32,6 +33,12 @@ def seconds(run: Callable[[], object]) -> float:
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin
+
+
+def rounds(engine: Engine, twin: transformers.PreTrainedModel, prompts: list[list[int]], new: int, count: int) -> list[tuple[float, float]]:
+    """(our seconds, their seconds) of each round."""
+    how = Sampling(new, ignore_eos=True)
+    return [(seconds(lambda: engine.generate(prompts, how)), seconds(lambda: greedy(twin, prompts, new))) for _ in range(count)]
 
 
 def main() -> None:
@@ -54,7 +61,7 @@ def main() -> None:
         prompts = [[draw.randrange(3, model.spec.vocab) for _ in range(args.prompt)] for _ in range(batch)]
         engine = Engine(model, Tokenizer.bytes_(), kv_tokens=batch * (args.prompt + args.new + 16))
         same = [list(done.tokens) for done in engine.generate(prompts, how)] == greedy(twin, prompts, args.new)  # also the warm-up
-        pairs = [(seconds(lambda: engine.generate(prompts, how)), seconds(lambda: greedy(twin, prompts, args.new))) for _ in range(args.rounds)]
+        pairs = rounds(engine, twin, prompts, args.new, args.rounds)
         ours, theirs = (batch * args.new / statistics.median(side) for side in zip(*pairs))
         ratio = statistics.median(theirs / ours for ours, theirs in pairs)
         rows.append({"batch": batch, "lilliput tok/s": ours, "transformers tok/s": theirs, "ratio": ratio, "same tokens": same, "load": os.getloadavg()[0]})

@@ -76,10 +76,11 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", default="smollm2-135m")
     options.add_argument("--new", type=int, default=64)
+    options.add_argument("--threads", type=int, default=hardware.cpus())
     options.add_argument("--json", action="store_true")
     args = options.parse_args()
     show = Show(json=args.json)
-    torch.set_num_threads(hardware.cpus())
+    torch.set_num_threads(args.threads)
     findings = compare(args.model, args.new)
     parted = [finding for finding in findings if finding.at is not None]
     rows = [{"mode": m, "prompts": 20, "identical": sum(f.at is None for f in findings if f.mode == m), "new tokens": args.new} for m in MODES]

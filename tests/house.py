@@ -15,7 +15,14 @@ from functools import cached_property
 from pathlib import Path
 
 # Highest floor first; inside a floor a package may import those to its right. "|" = the packages of that floor are blind to each other.
-FLOORS = (("cli", "api", "web"), ("papers", "agents", "loops", "plan"), ("train", "|", "compress", "|", "serve"), ("parallel", "memory", "models", "data"), ("dist", "ops"), ("base",))
+FLOORS = (
+    ("cli", "api", "web"),
+    ("papers", "agents", "loops", "plan"),
+    ("train", "|", "compress", "|", "serve"),
+    ("parallel", "memory", "models", "data"),
+    ("dist", "ops"),
+    ("base",),
+)
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names if name != "|"}
 TECHNIQUE_FREE = ("loops/", "serve/engine.py", "parallel/rig.py")
 FILE_LINES, FUNCTION_LINES, COLUMNS, LESSON_LINES = 400, 80, 160, 25
@@ -162,11 +169,15 @@ def calls(root: Path) -> list[str]:
         show, env = source.path == "base/show.py", source.path == "base/env.py"
         for node in ast.walk(source.tree):
             name = _dotted(node.func) if isinstance(node, ast.Call) else ""
-            if not show and (name in ("print", "pprint", "pprint.pprint") or re.fullmatch(r"sys\.(__)?std(out|err)(__)?\.(buffer\.)?write|(typer|click)\.s?echo", name)):
+            if not show and (
+                name in ("print", "pprint", "pprint.pprint") or re.fullmatch(r"sys\.(__)?std(out|err)(__)?\.(buffer\.)?write|(typer|click)\.s?echo", name)
+            ):
                 found.append(source.at(node, f"{name}: base/show.py is the only printer"))
             touched = _dotted(node) if isinstance(node, ast.Attribute) else ""
             taken = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) and node.module == "os" else set()
-            if not env and (touched in ("os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv") or taken & {"environ", "getenv", "environb", "putenv"}):
+            if not env and (
+                touched in ("os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv") or taken & {"environ", "getenv", "environb", "putenv"}
+            ):
                 found.append(source.at(node, "environment variable: base/env.py is the only reader"))
             if isinstance(node, ast.Assert) and node.msg is None:
                 found.append(source.at(node, "assert without a message"))
@@ -192,7 +203,7 @@ def documented(root: Path) -> list[str]:
         elif lesson and len(lesson.splitlines()) > LESSON_LINES:
             found.append(f"{source.path}:1 has a docstring of {len(lesson.splitlines())} lines, at most {LESSON_LINES}")
         for node, name in _public(source.tree.body, ""):
-            if ast.get_docstring(node) is None and not name.endswith(".__init__"):
+            if ast.get_docstring(node) is None and not name.endswith(".__init__") and not _setter(node):
                 found.append(source.at(node, f"{name} has no docstring"))
             if not isinstance(node, ast.ClassDef) and (bare := _bare(node, "." in name)):
                 found.append(source.at(node, f"{name} does not annotate {', '.join(bare)}"))
@@ -207,6 +218,11 @@ def _public(body: list[ast.stmt], owner: str) -> Iterator[tuple[ast.ClassDef | a
             yield node, owner + node.name
             if isinstance(node, ast.ClassDef):
                 yield from _public(node.body, f"{owner}{node.name}.")
+
+
+def _setter(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """The second half of a property: its docstring stands on the first."""
+    return any(isinstance(d, ast.Attribute) and d.attr in ("setter", "deleter") for d in node.decorator_list)
 
 
 def _bare(node: ast.FunctionDef | ast.AsyncFunctionDef, method: bool) -> list[str]:

@@ -105,7 +105,7 @@ def test_true_cost(names: tuple[str, ...], sequences: int, tokens: int) -> None:
     assert ledger.peak()[0] - static == pytest.approx(peak, rel=0.10), f"peak above weights and moments: predicted {activations}"
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.combinations(registry.names("train"), 2))
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(registry.names("train"), 2)))
 def test_good_neighbour(first: str, second: str) -> None:
     rooms = room(first) | room(second)
     reasons = [r.refuses({n: o for n, o in rooms.items() if n != name}, make_rig({}).facts) for name, r in rooms.items()]

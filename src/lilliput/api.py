@@ -21,6 +21,8 @@ from lilliput.loops.train import TrainResult
 from lilliput.serve.request import Sampling
 
 if TYPE_CHECKING:
+    from lilliput.base.facts import Facts
+    from lilliput.base.hardware import Hardware
     from lilliput.data.tokenizer import Tokenizer
     from lilliput.models.decoder import Decoder
     from lilliput.models.spec import DecoderSpec
@@ -103,9 +105,10 @@ def load(name: str | Path, *, device: str = "auto", dtype: Literal["fp32", "bf16
 
 def pull(name: str) -> Path:
     """Fetch a model or `data:NAME` into the cache, unless it is there, and return where it lies."""
+    from lilliput.base.show import Show
     from lilliput.models import hub
 
-    return hub.locate(name)
+    return hub.pull(name, Show())
 
 
 def train(job: Job | str | Path | None = None, *, out: str | Path, **sections: Any) -> TrainResult:
@@ -121,9 +124,20 @@ def train(job: Job | str | Path | None = None, *, out: str | Path, **sections: A
 
 def plan(job: Job | str | Path | None = None, **sections: Any) -> Estimate:
     """What the job will cost, before it runs and without torch: bytes by term, what fits, the nearest fixes."""
-    from lilliput.cli.plan import estimate
+    from lilliput.plan.estimate import estimate_training
 
-    return estimate(_job(job, sections))
+    job = _job(job, sections)
+    return estimate_training(job, *model_and_machine(job))
+
+
+def model_and_machine(job: Job) -> tuple[Facts, Hardware]:
+    """The facts of the job's model and the machine it is planned for; nothing is fetched, and torch is not loaded."""
+    from lilliput.base import hardware
+    from lilliput.models.facts import facts
+    from lilliput.models.load import resolve_spec
+
+    spec, _ = resolve_spec(job.top.model, fetch=False)
+    return facts(spec), hardware.find(job.top.hardware)
 
 
 def _job(job: Job | str | Path | None, sections: Mapping[str, Any]) -> Job:

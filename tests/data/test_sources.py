@@ -60,9 +60,8 @@ def test_expand_faults(tmp_path):
 
 
 @settings(deadline=None, max_examples=100)
-@given(text=st.text(min_size=1, max_size=200).filter(str.strip), block=st.integers(1, 9), zipped=st.booleans())
+@given(text=st.text(min_size=1, max_size=200).map(lambda text: text.lstrip("\ufeff")).filter(str.strip), block=st.integers(1, 9), zipped=st.booleans())
 def test_text_comes_through_any_block_size(tmp_path_factory, text, block, zipped):
-    text = text.removeprefix("\ufeff")
     path = tmp_path_factory.mktemp("text") / ("a.txt.gz" if zipped else "a.txt")
     path.write_bytes(gzip.compress(text.encode()) if zipped else text.encode())
     with pytest.MonkeyPatch.context() as patch:

@@ -76,6 +76,8 @@ def test_a_stream_after_text_keeps_its_first_blank(kinds):
     prompt, ids = tokenizer.encode("the"), tokenizer.encode("dog")
     assert tokenizer.stream().push(ids[0]) == "dog"
     assert tokenizer.stream(after=prompt).push(ids[0]) == " dog"
+    stream = tokenizer.stream()
+    assert [stream.push(1), stream.push(ids[0])] == ["", "dog"]  # BOS shows nothing, so the text still starts after it
     assert tokenizer.stream(after=[1]).push(ids[0]) == "dog"  # nothing but BOS before
 
 
@@ -123,7 +125,10 @@ def test_a_folder_without_a_tokenizer_says_what_is_there(tmp_path):
         Tokenizer.from_file(tmp_path / "tokenizer.json")
 
 
-@pytest.mark.parametrize(("file", "content"), [("tokenizer.json", "{"), ("tokenizer.json", '{"version": "1.0"}'), ("tokenizer_config.json", "[]"), ("generation_config.json", "}")])
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("tokenizer.json", "{"), ("tokenizer.json", '{"version": "1.0"}'), ("tokenizer_config.json", "[]"), ("generation_config.json", "}")],
+)
 def test_broken_tokenizer_files_are_named(kinds, tmp_path, file, content):
     kinds["bytes"].save(tmp_path)
     (tmp_path / file).write_text(content)

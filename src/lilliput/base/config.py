@@ -178,6 +178,11 @@ def _build(name: str, cls: type[Section], raw: Mapping[str, tuple[Any, str | Non
     """The section from its raw values; flags that fail as TOML values are tried once more as text."""
     values = {k: _frozen(value) for k, (value, _, _) in raw.items()}
     texts = {k: text for k, (value, text, _) in raw.items() if text is not None and not isinstance(value, (list, dict))}
+    for key, value in values.items():
+        if isinstance(value, bool) and not _takes_truth(cls.model_fields[key].annotation):  # pydantic takes true for Literal[1]
+            if key not in texts:
+                raise _bad_value(name, cls, key, {"type": "bool"}, raw)
+            values[key] = texts.pop(key)
     while True:
         try:
             return cls.model_validate(values, strict=True)
@@ -186,11 +191,16 @@ def _build(name: str, cls: type[Section], raw: Mapping[str, tuple[Any, str | Non
             key = str(first["loc"][0]) if first["loc"] else ""
             if key not in texts:
                 raise _bad_value(name, cls, key, first, raw) from None
-            values[key] = _as_text(cls, key, texts.pop(key))  # each flag gets one second reading
+            text = texts.pop(key)  # each flag gets one second reading
+            values[key] = _leniently(cls, key, text) if values[key] == text else text
 
 
-def _as_text(cls: type[Section], key: str, text: str) -> Any:
-    """The text of a flag read leniently for this key (`.1`, `yes`, a bare word); the text itself where that fails."""
+def _takes_truth(annotation: Any) -> bool:
+    return annotation is bool or isinstance(annotation, bool) or any(_takes_truth(a) for a in get_args(annotation))
+
+
+def _leniently(cls: type[Section], key: str, text: str) -> Any:
+    """The text of a flag that is no TOML, read for this key (`.1`, `yes`); the text itself where that fails."""
     annotation: Any = cls.model_fields[key].annotation
     try:
         return TypeAdapter[Any](annotation).validate_strings(text)
@@ -227,7 +237,9 @@ def _unknown(key: str, sections: Mapping[str, type[Section]], source: str) -> Us
     if not near:
         shorts = {_split(k)[1]: k for k in every}
         near = [shorts[s] for s in difflib.get_close_matches(short, shorts, 1, cutoff=0.75)]
-    known = f"keys of {name}: {', '.join(sections[name].model_fields)}" if name in sections else f"sections: {', '.join(n for n in sections if n != TOP)}"
+    others = f"sections: {', '.join(n for n in sections if n != TOP)}"
+    known = f"keys of {name}: {', '.join(sections[name].model_fields)}" if name in sections and name != TOP else others
+    known += f"; top-level keys: {', '.join(mine)}" if name == TOP else ""
     options = ", ".join(f"`{k}`" for k in near[:3])
     return UserError(f"unknown key `{key}`", why=f"came from {source}", fix=f"did you mean {options}?" if near else known)
 
@@ -265,11 +277,13 @@ def _from_file(path: str | Path | None) -> list[tuple[str, Any, None, str]]:
         raise UserError(f"cannot read {path}", why=fault.strerror or str(fault), fix="name a TOML file that exists and can be read") from None
     except UnicodeDecodeError as fault:
         raise UserError(f"{path} is not UTF-8", why=f"byte {fault.start} is 0x{fault.object[fault.start]:02x}", fix="save the file as UTF-8") from None
-    except tomllib.TOMLDecodeError as fault:
+    except (ValueError, RecursionError) as fault:
         spot = re.search(r"at line (\d+)", str(fault))
         number = int(spot[1]) if spot else len(text.splitlines())
         line = (text.splitlines() or [""])[min(number, len(text.splitlines())) - 1]
-        raise UserError(f"{path.name}:{number} is not TOML", why=f"{fault}: {line.strip()!r}", fix='write key = value; text goes in quotes: model = "name"') from None
+        raise UserError(
+            f"{path.name}:{number} is not TOML", why=f"{fault}: {line.strip()!r}", fix='write key = value; text goes in quotes: model = "name"'
+        ) from None
     lines = _lines(text)
     return [(key, value, None, f"file {path.name}" + (f":{lines[key]}" if key in lines else "")) for key, value in _flat(table)]
 
@@ -295,7 +309,7 @@ def _from_flags(overrides: Iterable[str], sections: Mapping[str, type[Section]])
             raise UserError(f"`{flag}` is no key=value", why="settings on the command line are written section.key=value", fix=f"{key or 'train.steps'}=VALUE")
         try:
             value = tomllib.loads(f"v = {text}")["v"] if "\n" not in text else text
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):  # no TOML; a number of thousands of digits; thousands of brackets
             value = text
         if isinstance(value, dict) and key in sections:  # lora={rank = 8}
             pairs += [(k, v, None, "flag") for k, v in _flat({key: value})]

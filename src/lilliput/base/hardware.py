@@ -187,12 +187,10 @@ def memory(root: Path = ROOT) -> tuple[int, int]:
     for folder in _cgroup_folders(root, "memory"):
         limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
         used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
-        if limit.isdigit() and used.isdigit() and int(limit) < total:
+        if limit.isdigit() and used.isdigit():  # "max", or a number beyond any machine, is no limit
             dropped: dict[str, str] = dict(re.findall(r"^(\w+) (\d+)$", _read(folder / "memory.stat"), re.M))
             cache = int(dropped.get("total_inactive_file", dropped.get("inactive_file", "0")))
-            total, free = int(limit), min(free, int(limit) - max(0, int(used) - cache))
-        elif limit.isdigit():
-            total = min(total, int(limit))
+            total, free = min(total, int(limit)), min(free, int(limit) - max(0, int(used) - cache))
     return total, max(0, min(free, total))
 
 
@@ -217,10 +215,9 @@ def _cgroup_folders(root: Path, controller: str) -> list[Path]:
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
-        mounts = [root / "sys/fs/cgroup" / controllers, root / "sys/fs/cgroup" / controller] if controllers else [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"]
-        for mount in dict.fromkeys(mounts):
+        for mount in (controllers, controller) if controllers else ("", "unified"):
             here = Path(path.lstrip("/"))
-            folders += [mount / p for p in (here, *here.parents)]
+            folders += [root / "sys/fs/cgroup" / mount / p for p in (here, *here.parents)]
     return [f for f in dict.fromkeys(folders) if f.is_dir()]
 
 
@@ -280,7 +277,7 @@ def _gpus() -> tuple[DeviceSpec, ...]:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ()
-    rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines()] if answer.returncode == 0 else []
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines()]
     rows = [row for row in rows if len(row) == 5]
     visible = env.visible_gpus()
     if visible is not None:
@@ -297,4 +294,3 @@ def _gpus() -> tuple[DeviceSpec, ...]:
         else:
             specs[twin] = replace(specs[twin], count=specs[twin].count + 1, free=min(specs[twin].free, spec.free))
     return tuple(specs)
-

@@ -87,7 +87,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     building = _beside(target)
     with disk_errors(target):
         if target.exists() and not (target / CHECKSUMS).is_file() and (not target.is_dir() or any(target.iterdir())):
-            raise UserError(f"{target} is in the way", why="it was not written by Lilliput (no checksums.json), so it is not replaced", fix=f"mv {target} {target}.old")
+            raise UserError(
+                f"{target} is in the way", why="it was not written by Lilliput (no checksums.json), so it is not replaced", fix=f"mv {target} {target}.old"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
         building.mkdir()

@@ -60,13 +60,12 @@ class Show:
             self._write(self.out, _plain_table(cells, columns, right, title))
             return
         from rich.table import Table
-        from rich.text import Text
 
         table = Table(title=title or None, title_justify="left")
         for column, numeric in zip(columns, right, strict=True):
             table.add_column(column, justify="right" if numeric else "left", overflow="fold")
         for line in cells:
-            table.add_row(*(Text(cell) for cell in line))
+            table.add_row(*line)
         self._console(self.out).print(table)
 
     def error(self, error: UserError) -> None:
@@ -95,7 +94,7 @@ class Show:
     def _console(self, file: TextIO) -> Console:
         from rich.console import Console
 
-        return Console(file=file, no_color=env.no_color(), highlight=False, markup=False)
+        return Console(file=file, no_color=env.no_color(), highlight=False, markup=False, emoji=False)
 
     def _write(self, file: TextIO, text: str) -> None:
         try:
@@ -141,7 +140,9 @@ class _Lines(Bar):
             return
         self._told, self._when = self.done, now
         eta = f"ETA {duration(self.left())}" if self.done < self.total else f"took {duration(now - self._begin)}"
-        self._show.line(f"{self.label} {self.done:,}/{self.total:,} ({self.done / max(1, self.total):.0%})  {count(self.rate())}/s  {eta}" + (f"  {text}" if text else ""))
+        self._show.line(
+            f"{self.label} {self.done:,}/{self.total:,} ({self.done / max(1, self.total):.0%})  {count(self.rate())}/s  {eta}" + (f"  {text}" if text else "")
+        )
 
 
 class _Live(Bar):

@@ -21,6 +21,7 @@ import typer
 from lilliput.base import env
 from lilliput.base.errors import INTERRUPTED, OK, UserError
 from lilliput.cli import common
+from lilliput.cli import plan as planning
 
 if TYPE_CHECKING:
     from lilliput.base.job import Job
@@ -33,7 +34,7 @@ HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an
 
 @common.verb
 def chat(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[QUESTION] [KEY=VALUE]...", show_default=False)] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="QUESTION | KEY=VALUE", hidden=True)] = None,
     model: Annotated[str, typer.Option("--model", "-m", help="A name, a folder or a file; the same as model=...", show_default=False)] = "",
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: go on from the text.")] = False,
     json: common.Json = False,
@@ -61,6 +62,8 @@ def chat(
     if show_config:
         common.show_settings(show, job.settings)
         return OK
+    if dry_run:
+        return planning.present(planning.serving(job, 1, 0), show)
     question = own[0] if own else None
     if question is None and not sys.stdin.isatty():
         question = sys.stdin.read().removesuffix("\n")
@@ -68,14 +71,12 @@ def chat(
         raise UserError("--json needs a question", why="a conversation has no single document", fix='lilliput chat --json "What is the capital of France?"')
     if question is not None and not raw and not question.strip():
         raise UserError("the question is empty", fix='lilliput chat "What is the capital of France?"')
-    return answer(job, question, show, raw=raw, dry_run=dry_run)
+    return answer(job, question, show, raw=raw)
 
 
-def answer(job: Job, question: str | None, show: Show, *, raw: bool = False, dry_run: bool = False) -> int:
+def answer(job: Job, question: str | None, show: Show, raw: bool = False) -> int:
     """Load the job's model and answer one question, or hold a conversation where `question` is None; the exit code."""
     talk = start(job, show, raw)
-    if dry_run:
-        return talk.report(show, question)
     if question is None:
         return converse(talk, show)
     reply = talk.ask(question, show.stream)
@@ -165,18 +166,6 @@ class Talk:
         if not self.raw:
             self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
         return Reply(text, len(times), times[-1] - times[0] if times else 0.0, reason, self._remark(reason, len(prompt), len(times)))
-
-    def report(self, show: Show, question: str | None) -> int:
-        """--dry-run: what would be asked, and of which cache."""
-        plan = {
-            "prompt_tokens": len(self.prompt(question or "")),
-            "max_tokens": self.sampling.max_tokens,
-            "context": self.engine.context,
-            "cache_tokens": self.engine.kv_tokens,
-        }
-        show.data(plan)
-        show.line(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in plan.items()))
-        return OK
 
     def _remark(self, reason: str, prompt: int, tokens: int) -> str:
         if reason == "cancelled":

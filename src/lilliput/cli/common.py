@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from lilliput.base.config import Settings
     from lilliput.base.show import Show
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else goes to stderr.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; all else goes to stderr.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 ShowConfig = Annotated[bool, typer.Option("--show-config", help="Print every value with its source, and stop.")]
 
@@ -40,8 +41,16 @@ def at_most(own: list[str], count: int, usage: str) -> None:
         raise UserError(f"unexpected argument `{own[count]}`", f"got {len(own)} arguments, at most {count} without `=`", usage)
 
 
-def verb(act: Callable[..., int | None]) -> Callable[..., None]:
-    """Wrap a verb: its faults become messages on stderr and exit codes. The verb returns its own code, None meaning 0.
+def job_file(own: list[str], usage: str) -> Path | None:
+    """The job file among a verb's own arguments, None without one. UserError for anything that is no .toml file."""
+    at_most(own, 1, usage)
+    if own and not own[0].endswith(".toml"):
+        raise UserError(f"`{own[0]}` is no job file", "a job file ends in .toml; settings are written key=value", f"model={own[0]}")
+    return Path(own[0]) if own else None
+
+
+def verb(act: Callable[..., int]) -> Callable[..., None]:
+    """Wrap a verb: its faults become messages on stderr and exit codes. The verb returns its own code.
 
     UserError: what, why, fix, and the error's own code. Ctrl-C: 130. A reader that closed the pipe: silence. Anything
     else is our fault: code 1, one line, and the traceback only where LILLIPUT_DEBUG is set.
@@ -52,11 +61,12 @@ def verb(act: Callable[..., int | None]) -> Callable[..., None]:
         from lilliput.base import env
         from lilliput.base.show import Show
 
+        show = Show(json=arguments["json"])
         try:
-            code = act(**arguments) or OK
+            code = act(**arguments)
             sys.stdout.flush()
         except UserError as error:
-            Show(json=arguments.get("json", False)).error(error)
+            show.error(error)
             code = error.exit_code
         except KeyboardInterrupt:
             code = INTERRUPTED
@@ -66,17 +76,24 @@ def verb(act: Callable[..., int | None]) -> Callable[..., None]:
         except Exception as error:
             if env.debug():
                 raise
-            Show(json=arguments.get("json", False)).error(our_fault(error))
+            show.error(our_fault(error))
             code = OUR_FAULT
         raise typer.Exit(code)
 
     return guarded
 
 
-def our_fault(error: Exception) -> UserError:
-    """The message for an exception that no user caused."""
-    what = f"this is Lilliput's fault, not yours: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-    return UserError(what, fix="LILLIPUT_DEBUG=1 before the command shows the traceback; please report it with the command you ran")
+class OurFault(UserError):
+    """How an exception that no user caused is shown."""
+
+    exit_code = OUR_FAULT
+
+
+def our_fault(error: Exception) -> OurFault:
+    """The message for an exception that no user caused: its first line, whose fault it is, and how to see more."""
+    said = str(error).strip().splitlines()
+    what = f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+    return OurFault(what, "this is Lilliput's fault, not yours", "please report it with the command; LILLIPUT_DEBUG=1 before the command shows the traceback")
 
 
 def show_settings(show: Show, settings: Settings) -> None:
@@ -84,9 +101,16 @@ def show_settings(show: Show, settings: Settings) -> None:
     from lilliput.base.config import toml_value
 
     plain = settings.to_dict()
-    rows = []
-    for key, source in settings.sources.items():
-        section, _, short = key.rpartition(".")
-        rows.append({"key": key, "value": toml_value(plain[section][short] if section else plain[short]), "source": source})
-    show.data({row["key"]: {"value": row["value"], "source": row["source"]} for row in rows})
-    show.table(rows, ("key", "value", "source"), "configuration")
+    values = {key: plain[key] if key in plain else plain[key.partition(".")[0]][key.partition(".")[2]] for key in settings.sources}
+    show.data({key: {"value": values[key], "source": source} for key, source in settings.sources.items()})
+    rows = [{"key": key, "value": toml_value(values[key]), "source": source} for key, source in settings.sources.items()]
+    show.table(rows, ("key", "value", "source"))
+
+
+def show_places(show: Show) -> None:
+    """The configuration of verbs that read no job: what the environment says."""
+    from lilliput.base import env
+
+    values = {"cache": str(env.cache_dir()), "offline": env.offline()}
+    show.data({key: {"value": value, "source": "environment"} for key, value in values.items()})
+    show.table([{"key": key, "value": value, "source": "environment"} for key, value in values.items()], ("key", "value", "source"))

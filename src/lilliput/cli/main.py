@@ -13,7 +13,6 @@ VERBS = {
     "pull": "lilliput.cli.pull:pull",
     "chat": "lilliput.cli.chat:chat",
     "train": "lilliput.cli.train:train",
-    "eval": "lilliput.cli.eval:evaluate",
     "plan": "lilliput.cli.plan:plan",
     "papers": "lilliput.cli.papers:papers",
 }
@@ -37,7 +36,9 @@ def application() -> typer.Typer:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(__version__)
+        from lilliput.base.show import Show
+
+        Show().stream(__version__ + "\n")
         raise typer.Exit()
 
 
@@ -61,4 +62,4 @@ def root(
 
 def run() -> None:
     """Entry point of the `lilliput` command."""
-    application()()
+    application()(prog_name="lilliput")

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @common.verb
 def papers(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[[run] NAME]", show_default=False)] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="run | NAME", hidden=True)] = None,
     json: common.Json = False,
     dry_run: common.DryRun = False,
     show_config: common.ShowConfig = False,
 ) -> int:
-    """List the 27 published systems and say which work here; show one; measure its claim.
+    """List the 27 systems, and which work here.
 
-    A system works when its rooms are registered and its claim is measured by a run of ours; nothing is marked by
+    With a name: the reference and the claim of one. With run and a name: its claim, measured on this machine. A system works when its rooms are registered and its claim is measured by a run of ours; nothing is marked by
     hand. Published numbers are the authors', on their machines. Exit code 1: a measured claim did not hold here.
 
     \b
@@ -40,7 +40,7 @@ def papers(
     if overrides:
         raise UserError(f"papers takes no settings, got `{overrides[0]}`", fix="lilliput papers run NAME")
     if show_config:
-        common.show_nothing(show, "papers has no settings")
+        common.show_places(show)
         return OK
     if own[:1] == ["run"]:
         common.at_most(own, 2, "lilliput papers run NAME")

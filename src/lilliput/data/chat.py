@@ -92,7 +92,8 @@ def _message(turn: dict[str, Any], where: str) -> dict[str, Any]:
     if speaker == "function_call" and isinstance(value, str):
         try:
             call = json.loads(value)
-            return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}]}
+            function = {"name": call["name"], "arguments": call["arguments"]}
+            return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{where}: a broken function_call", f"{value[:80]}", '{"name": "...", "arguments": {...}}') from error
     if speaker not in SPEAKERS:

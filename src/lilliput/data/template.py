@@ -31,6 +31,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     """jinja2's sandbox turns a forbidden attribute into an undefined value; here it stops the template."""
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
+        """Called by jinja2 for every forbidden attribute."""
         raise SecurityError(f"access to attribute {attribute!r} of a {type(obj).__name__} is not allowed")
 
 
@@ -40,6 +41,7 @@ class _Generation(jinja2.ext.Extension):
     tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """The nodes between the tags, as they are."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 

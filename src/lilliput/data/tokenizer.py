@@ -129,7 +129,7 @@ class Tokenizer:
         steps: list[dict[str, Any]] = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
         unknown = [step["type"] for step in steps if step["type"] not in ("ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip")]
         if unknown:
-            raise UserError(f"decoder `{unknown[0]}` of this tokenizer is not supported", "known: ByteLevel, and Replace, ByteFallback, Fuse, Strip in sequence")
+            raise UserError(f"decoder `{unknown[0]}` of this tokenizer is not supported", "known: ByteLevel, Replace, ByteFallback, Fuse, Strip")
         return steps
 
     @cached_property

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lilliput.models.spec import DecoderSpec
     from lilliput.parallel.rig import Rig
 
-MAY_CHANGE = ("job.threads", "train.steps", "train.eval_every", "train.eval_tokens", "train.save_every", "train.tensorboard")  # between a run and its resume
+MAY_CHANGE = ("threads", "train.steps", "train.eval_every", "train.eval_tokens", "train.save_every", "train.tensorboard")  # between a run and its resume
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,11 @@ class _Loop:
         import torch
 
         from lilliput.models.decoder import Decoder, init_tensor
+        from lilliput.models.load import pick_device
         from lilliput.parallel.rig import assemble
 
         top, settings = self.job.top, self.job.train
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if top.device == "auto" else top.device)
+        device = torch.device(pick_device(top.device))
         torch.set_num_threads(self.hardware.cpus() if top.threads == "auto" else top.threads)
         with torch.device("meta"):
             model = Decoder(spec)
@@ -156,7 +157,10 @@ class _Loop:
         )  # fmt: skip
 
     def _identity(self, spec: DecoderSpec) -> dict[str, str]:
-        values = {k: str(v) for k, v in self.job.settings.flat().items() if k not in MAY_CHANGE and not k.startswith(("eval.", "generate."))}
+        words = self.job.settings.to_dict()
+        values = {f"{s}.{k}": str(v) for s, keys in words.items() if isinstance(keys, dict) and s not in ("eval", "generate") for k, v in keys.items()}
+        values |= {k: str(v) for k, v in words.items() if not isinstance(v, dict)}
+        values = {k: v for k, v in values.items() if k not in MAY_CHANGE}
         return {**values, "model": format(key(repr(spec)), "x"), "tokenizer": self.tokenizer.digest(), "micro_batch": str(self.micro)}
 
     def resume(self) -> None:
@@ -165,8 +169,9 @@ class _Loop:
 
         folder = checkpoint.latest(self.run)
         if folder is None:
-            self.run.truncate_metrics(0)
+            self.run.truncate_metrics(-1)
             records.atomic_write(self.run.folder / "job.toml", self.job.to_toml())
+            self.run.note_environment()
             return
         step, saved = checkpoint.identity(folder)
         changed = [f"{k}: {saved.get(k, 'unset')} -> {self.identity.get(k, 'unset')}" for k in sorted({*saved, *self.identity}) if saved.get(k) != self.identity.get(k)]
@@ -175,6 +180,8 @@ class _Loop:
         self.stream.restore(checkpoint.restore(folder, self.rig))
         self.run.truncate_metrics(step)
         self.start = step
+        for change in self.run.note_environment():
+            self.show.line(f"{change}: the numbers may differ in the last bits from those of an uninterrupted run")
         self.show.line(f"resumed after step {step} of {self.job.train.steps}")
 
     def run_steps(self, started: float) -> TrainResult:

@@ -14,7 +14,6 @@ memory; built elsewhere its weights are uninitialised until init_weights or a ch
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lilliput.base import seeds
 from lilliput.base.errors import UserError
 from lilliput.models import rope
 from lilliput.models.facts import facts
@@ -121,7 +121,8 @@ class Decoder(nn.Module):
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.spec, self.facts = spec, facts(spec)
-        self.counter, self.walk = Counter(), walk_plain
+        self.counter = Counter()
+        self.walk: Callable[[Sequence[Any], Tensor, Step], Tensor] = walk_plain
         wide = spec.embed_dim or spec.dim
         self.embed = Embedding(spec.vocab, wide)
         self.project_in = Linear(wide, spec.dim) if spec.embed_dim else None
@@ -165,7 +166,7 @@ class Decoder(nn.Module):
         x_BTC = self.embed_dropout(x_BTC)
         tables = None if self._angles is None else rope.tables(self._angles, positions_BT, self.spec.rope.attention_factor, x_BTC.dtype)
         see = attend or self._causal(tokens, x_BTC)
-        x_BTC = self.walk(self.layers, x_BTC, lambda index, block, x: block(x, tables, see))
+        x_BTC = self.walk(list(self.layers), x_BTC, lambda index, block, x: block(x, tables, see))
         if self.norm is not None:
             x_BTC = self.norm(x_BTC)
         return x_BTC if self.project_out is None else self.project_out(x_BTC)
@@ -200,7 +201,7 @@ def init_tensor(name: str, shape: tuple[int, ...], seed: int, spec: DecoderSpec)
         return torch.zeros(shape, device="cpu")
     if len(shape) == 1:
         return torch.ones(shape, device="cpu")
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest(), "little"))
+    generator = torch.Generator("cpu").manual_seed(seeds.key(seed, name))
     deviation = 0.02 / (2 * spec.layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
     return torch.empty(shape, device="cpu").normal_(0, deviation, generator=generator)
 

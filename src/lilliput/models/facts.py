@@ -15,6 +15,8 @@ from lilliput.models.spec import DecoderSpec
 
 ROWS, TP = ("sp", "cp"), ("tp", "cp")  # mesh axes that divide a term: per-token rows, or rows of heads and hidden units
 
+KEPT = {"swiglu": 4, "gelu": 2, "gelu_tanh": 2, "relu": 1}  # of the MLP's width: gate, silu(gate), up, product | input, output | output
+
 
 def facts(spec: DecoderSpec) -> Facts:
     """The Facts of a decoder; see base/facts.py for the fields."""
@@ -40,7 +42,8 @@ def facts(spec: DecoderSpec) -> Facts:
 
 def _chain(spec: DecoderSpec) -> tuple[str, ...]:
     present = {name.split(".")[0] for name in spec.shapes()}
-    return tuple(part for part in ("embed", "project_in", "positions", "layers.*", "norm", "project_out") if part == "layers.*" or part in present) + ("head",)
+    parts = ("embed", "project_in", "positions", "layers.*", "norm", "project_out", "head")
+    return tuple(part for part in parts if part in present or part in ("layers.*", "head"))
 
 
 def _feeds(spec: DecoderSpec, mlp: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -88,13 +91,12 @@ def activations(spec: DecoderSpec, sequences: int, tokens: int, element: int) ->
     stats = rows * 4 * (2 if spec.norm == "layer" else 1)
     stream, heads, kv = rows * spec.dim * element, rows * spec.heads * spec.head_dim * element, rows * spec.kv_heads * spec.head_dim * element
     hidden, logits = rows * spec.ffn * element, rows * spec.vocab * 4
-    kept = {"swiglu": 4, "gelu": 2, "gelu_tanh": 2, "relu": 1}[spec.activation]  # gate, silu(gate), up, product | input, output | output
     block = [
         Activation("norm inputs", 2 * (stream + stats), divided_by=ROWS),
         Activation("norm outputs", 2 * stream, divided_by=ROWS),
         Activation("q, k, v", heads + 2 * kv, divided_by=TP),
         Activation("attention output", heads + rows * spec.heads * 4, divided_by=TP),
-        Activation("mlp", kept * hidden, divided_by=TP),
+        Activation("mlp", KEPT[spec.activation] * hidden, divided_by=TP),
     ]
     if spec.qk_norm:
         block.append(Activation("q, k before their norm", heads + kv + rows * (spec.heads + spec.kv_heads) * 4, divided_by=TP))
@@ -110,15 +112,25 @@ def activations(spec: DecoderSpec, sequences: int, tokens: int, element: int) ->
         model.append(Activation("rope tables", 2 * tokens * spec.head_dim * element, "model", divided_by=("cp",)))
     if spec.window is not None and tokens > spec.window:
         model.append(Activation("window mask", tokens * tokens * element, "model", divided_by=("cp",)))
-    # In the air at once, at the end: gradients of log-probabilities and logits, or of the head's weight and input, or the
-    # three rows an RMSNorm's backward works on. In a block: gradients of the two inputs of the gate's product (its output is free by then), or of relu's
-    # output and input, or of the down projection's input and weight; else those of attention, when the MLP is free.
+    kept_bytes = sum(a.size for a in model) + spec.layers * sum(a.size for a in block)
+    return [*block, *model, *_transients(spec, rows, element, last, kept_bytes)]
+
+
+def _transients(spec: DecoderSpec, rows: int, element: int, last: int, kept_bytes: int) -> list[Activation]:
+    """The most gradient bytes in the air, above the saved sum, around the loss and the embedding ("model") and in the last block.
+
+    At the loss: of log-probabilities and logits; or of the head's weight and input; or the three rows of an RMSNorm's
+    backward. At the embedding nothing saved is left, but its gradient is dense; tied, there are the head's and the sum too. In a block:
+    of both inputs of the gate's product (its output is free by then), of relu's output and input, or of the down
+    projection's input and weight; or those of attention, when the MLP is free.
+    """
+    stream, hidden, logits = rows * spec.dim * element, rows * spec.ffn * element, rows * spec.vocab * 4
     weight, table = spec.dim * spec.ffn * element, spec.vocab * (spec.embed_dim or spec.dim) * element
+    held = table if spec.tied else 0
+    loss = max(2 * logits, table + stream, 3 * stream - logits, (3 * table if spec.tied else table + stream) - kept_bytes)
     mlp = stream + max(2 * hidden if spec.activation in ("swiglu", "relu") else 0, hidden + weight)
-    attention = stream + 2 * heads + 2 * kv - kept * hidden - 2 * stream - stats
-    held = table if spec.tied else 0  # the head's share of the gradient waits for the embedding's
-    transient = [
-        Activation("gradients in the loss", max(2 * logits, table + stream, 3 * stream - logits), "model", saved=False, divided_by=TP),
+    attention = 2 * rows * (spec.heads + spec.kv_heads) * spec.head_dim * element - KEPT[spec.activation] * hidden - stream
+    return [
+        Activation("gradients in the loss", loss, "model", saved=False, divided_by=TP),
         Activation("gradients in a block", max(0, max(mlp, attention) + held - last - logits), saved=False, divided_by=TP),
     ]
-    return [*block, *model, *transient]

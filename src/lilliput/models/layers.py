@@ -45,7 +45,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a table. weight [rows, dim]; answers in fp32 off CUDA."""
+    """Rows of a table. weight [rows, dim]; answers in fp32 at least off CUDA."""
 
     def __init__(self, rows: int, dim: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Embedding(nn.Module):
     def forward(self, index_BT: Tensor) -> Tensor:
         """Integers [...] -> [..., dim]."""
         x = F.embedding(index_BT, self.weight)
-        return x if x.is_cuda else x.float()
+        return x if x.is_cuda else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class RMSNorm(nn.Module):
@@ -90,11 +90,10 @@ class Head(nn.Module):
 
     def __init__(self, vocab: int, dim: int, tied_to: Embedding | None) -> None:
         super().__init__()
-        object.__setattr__(self, "_tied_to", tied_to)  # past nn.Module, or the embedding would be registered twice
+        self._tied_to = () if tied_to is None else (tied_to,)  # in a tuple, or nn.Module would register the embedding twice
         if tied_to is None:
             self.weight = nn.Parameter(torch.empty(vocab, dim))
 
     def forward(self, h_BTC: Tensor) -> Tensor:
         """[..., dim] -> [..., vocab] fp32."""
-        weight = self.weight if self._tied_to is None else self._tied_to.weight
-        return linear(h_BTC, weight).float()
+        return linear(h_BTC, self._tied_to[0].weight if self._tied_to else self.weight).float()

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 def resolve_spec(name: str, fetch: bool = True) -> tuple[DecoderSpec, Path | None]:
     """The spec of a path, a model's name or a preset, and where its weights lie (None: it is a size without weights).
 
-    fetch=False asks this machine alone, and answers a known model that is not there with its preset.
+    fetch=False never downloads: a known model that is not on this machine is answered with its preset.
     UserError for an unknown name or a damaged file.
     """
     path = hub.found(name)
     if path is None and name in sizes.PRESETS and not (fetch and name in hub.MODELS):
         return sizes.PRESETS[name], None
-    path = path or hub.locate(name)
+    path = path or hub.locate(name, fetch=fetch)
     return open_checkpoint(path).spec, path
 
 

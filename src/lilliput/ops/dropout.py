@@ -8,12 +8,13 @@ Cost: about ten in-place integer passes over the tensor, forward and backward.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lilliput.base import seeds
 
 
 @dataclass
@@ -27,8 +28,7 @@ class Counter:
 
 def keep_mask(shape: torch.Size, p: float, key: tuple[int, int, int, int], device: torch.device) -> Tensor:
     """bool of this shape, False with probability p. key = (seed, step, micro-batch, site)."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    first, second = (int.from_bytes(digest[at : at + 4], "little", signed=True) for at in (0, 4))
+    first, second = (seeds.key(*key, half) % 2**32 - 2**31 for half in ("first", "second"))
     x = torch.arange(shape.numel(), dtype=torch.int32, device=device)
     x.bitwise_xor_(first)
     x = _fold(x, 16).mul_(0x7FEB352D)  # the constants of "lowbias32" (Wellons, hash prospector), as signed numbers

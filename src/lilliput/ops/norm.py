@@ -25,7 +25,7 @@ class _RMSNorm(torch.autograd.Function):
         (grad,) = grads
         x, weight, scale = ctx.saved_tensors
         unit = x * scale
-        grad_weight = (grad * unit).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        grad_weight = (grad * unit).reshape(-1, x.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad * weight

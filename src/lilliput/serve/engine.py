@@ -80,7 +80,8 @@ class Engine:
         if not prompt:
             raise UserError("the prompt has no tokens", why="the model needs at least one to go on from", fix="give some text")
         if not 0 <= min(prompt) <= max(prompt) < vocab:
-            raise UserError(f"token id {min(prompt) if min(prompt) < 0 else max(prompt)} is not in the vocabulary", f"ids go from 0 to {vocab - 1}", "use the model's own tokenizer")
+            stranger = min(prompt) if min(prompt) < 0 else max(prompt)
+            raise UserError(f"token id {stranger} is not in the vocabulary", f"ids go from 0 to {vocab - 1}", "use the model's own tokenizer")
         if len(prompt) >= self.context:
             why = f"{len(prompt):,} tokens of prompt, {self.context:,} tokens of context, and the answer needs at least one"
             raise UserError("the prompt is longer than the model's context", why, f"shorten the prompt by {len(prompt) - self.context + 1:,} tokens or more")
@@ -89,7 +90,8 @@ class Engine:
         if blocks_for(reserve) > self.pool.total:
             why = f"{len(prompt):,} tokens of prompt and {limit:,} of answer need {reserve:,} tokens of cache, it has {self.kv_tokens:,}"
             room = self.kv_tokens - len(prompt)
-            raise DoesNotFit("the request does not fit into the cache", why, f"kv_tokens={blocks_for(reserve) * BLOCK}" + (f" or max_tokens={room}" if room > 0 else ""))
+            fix = f"kv_tokens={blocks_for(reserve) * BLOCK}" + (f" or max_tokens={room}" if room > 0 else "")
+            raise DoesNotFit("the request does not fit into the cache", why, fix)
         request = Request(self._next_id, prompt, sampling, limit, self._eos, self.tokenizer.stream(prompt))
         self._next_id += 1
         self._requests[request.id] = request
@@ -141,7 +143,8 @@ class Engine:
         out = []
         for chunk, logits_V, total in zip(sampled, logits_NV, totals):
             if not abs(total) < float("inf"):
-                raise UserError("the model answers with numbers that are not finite", f"logits of token {chunk.stop} sum to {total}", "check the model's weights")
+                why = f"the logits of token {chunk.stop} sum to {total}"
+                raise UserError("the model answers with numbers that are not finite", why, "check the model's weights")
             request = self._requests[chunk.id]
             how = request.sampling
             token = ops.choose(

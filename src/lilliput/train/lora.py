@@ -71,6 +71,7 @@ class Lora(Section):
                     size=4 * tokens * self.rank * len(shapes),
                     flops=6.0 * tokens * count,
                     moments=("forward", "backward"),
+                    blocks=facts.layers,
                 )
             },
         )

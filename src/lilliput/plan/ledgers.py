@@ -1,0 +1,155 @@
+"""The base ledgers: what a training step and a serving engine hold on one device, and how rooms edit them.
+
+Training, bytes a parameter: weight and gradient in the stored dtype, AdamW's two moments in fp32: fp32 16, bf16 (with
+stochastic rounding, no master copy) 12. Activations are what facts.activations states for one micro-batch.
+
+    term                moments                      note
+    parameters          all
+    gradients           backward update              and forward, when several micro-batches add up
+    optimizer           forward backward update
+    activations.*       forward backward             recomputation keeps some of them in backward only
+    transient.*         one                          the turn from forward to backward counts as forward
+    gradients not yet   backward, negative           those that come only while activations go: the two never add up
+    forward backward update                          work: flops and traffic of one optimizer step
+
+Rooms edit the ledger in phase order, each a pure function; what depends on all of them is settled last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from lilliput.base.errors import UserError
+from lilliput.base.facts import Activation, Facts
+from lilliput.base.hardware import DeviceSpec
+from lilliput.base.ledger import Ledger, Term
+from lilliput.base.protocols import Site
+
+ELEMENT = {"fp32": 4, "bf16": 2}  # bytes of a stored weight
+ADAMW = 8  # bytes of optimizer state a trainable parameter: two fp32 moments
+ROUNDING = 19  # bytes an element of the bf16 tensor that is being updated: its fp32 copies, random bits, masks (measured)
+RESERVE, SHARE = 512 << 20, 0.05  # kept free for Python, torch and its workspaces; and for what an allocator cannot use
+
+
+def budget(device: DeviceSpec) -> int:
+    """Bytes that a plan may use: what is free on the device less 5 %, less 512 MiB."""
+    return max(0, round(device.free * (1 - SHARE)) - RESERVE)
+
+
+def training_ledger(facts: Facts, site: Site, rooms: Mapping[str, Any], dtype: str, micro_batches: int = 1, optimizer: int = ADAMW) -> Ledger:
+    """The ledger of one optimizer step of `micro_batches` micro-batches of the shape that `site` states.
+
+    dtype: "fp32" | "bf16", how weights are stored. optimizer: bytes of state a trainable parameter. UserError when the
+    model states no activations or no flops.
+    """
+    ledger = _base(facts, site, ELEMENT[dtype], optimizer)
+    whole = ledger.bytes("gradients")
+    for room in _in_order(rooms):
+        ledger = room.cost(ledger, facts, site)
+    trained = min(1.0, ledger.bytes("gradients") / whole)
+    ledger = _work(ledger, trained, micro_batches)
+    return _gradients(ledger, facts, trained, ELEMENT[dtype], micro_batches, site.sequences * site.tokens)
+
+
+def serving_ledger(facts: Facts, site: Site, batch_tokens: int) -> Ledger:
+    """The ledger of an engine that holds site.sequences requests of site.tokens tokens each; work is that of one new token of each.
+
+    site.element: bytes of a stored weight. Keys and values, and activations, are fp32 on CPUs. batch_tokens: tokens of
+    one engine step. Activations are an upper bound: a block's saved terms, though inference frees most of them earlier.
+    """
+    if facts.kv is None or facts.activations is None or facts.flops is None:
+        missing = next(name for name in ("kv", "activations", "flops") if getattr(facts, name) is None)
+        raise UserError(f"the {facts.family} model cannot be planned for serving", f"it states no facts.{missing}", "choose a decoder: model=smollm2-135m")
+    computed = _computed(site)
+    rows = min(batch_tokens, site.sequences * site.tokens)
+    block = sum(a.size for a in facts.activations(1, rows, computed) if a.per == "block" and a.saved)
+    return Ledger(
+        {
+            "parameters": Term(facts.parameters * site.element, traffic=float(facts.parameters * site.element)),
+            "kv": Term(facts.kv.bytes_per_token(computed) * site.sequences * site.tokens, traffic=float(facts.kv.bytes_per_token(computed) * site.sequences * site.tokens)),
+            "activations.one block": Term(block, moments=("forward",)),
+            "activations.logits": Term(2 * site.sequences * facts.vocab * 4, moments=("forward",)),
+            "forward": Term(flops=site.sequences * facts.flops(1, site.tokens)),
+        }
+    )
+
+
+def _computed(site: Site) -> int:
+    """Bytes of a computed number: CPUs compute in fp32 whatever weights are stored in."""
+    return 4 if site.hardware.device.kind == "cpu" else max(2, site.element)
+
+
+def _base(facts: Facts, site: Site, element: int, optimizer: int) -> Ledger:
+    if facts.activations is None or facts.flops is None:
+        missing = "activations" if facts.activations is None else "flops"
+        raise UserError(f"the {facts.family} model cannot be planned", f"it states no facts.{missing}", "choose a decoder: model=smollm2-135m")
+    activations = facts.activations(site.sequences, site.tokens, _computed(site))
+    terms = {
+        "parameters": Term(facts.parameters * element),
+        "gradients": Term(facts.parameters * element, moments=("backward", "update")),
+        "optimizer": Term(facts.parameters * optimizer, moments=("forward", "backward", "update")),
+        "forward": Term(flops=facts.flops(site.sequences * site.tokens, site.tokens)),
+        "transient.one tensor loaded": Term(_largest(facts) * 4, moments=("load",)),
+    }
+    return Ledger(terms | dict(_activation(a, facts.layers) for a in activations))
+
+
+def _activation(a: Activation, layers: int) -> tuple[str, Term]:
+    if not a.saved:
+        return f"transient.{a.name}", Term(a.size, moments=("backward",) if a.per == "block" else ("forward",))
+    blocks = layers if a.per == "block" else 0
+    return f"activations.{a.name}", Term(a.size * max(1, blocks), moments=("forward", "backward"), blocks=blocks)
+
+
+def _in_order(rooms: Mapping[str, Any]) -> Iterator[Any]:
+    """Rooms by their first phase, after those they need; ties by name."""
+    waiting = dict(sorted(rooms.items(), key=lambda pair: (min(pair[1].acts()), pair[0])))
+    while waiting:
+        ready = next((n for n, room in waiting.items() if not any(need in waiting for need in room.needs)), None)
+        if ready is None:
+            raise UserError(f"rooms wait for each other: {', '.join(waiting)}", fix="switch one of them off")
+        yield waiting.pop(ready)
+
+
+def _work(ledger: Ledger, trained: float, micro_batches: int) -> Ledger:
+    """Rooms count one micro-batch; this makes it a step. `trained`: share of the gradients that are made."""
+    forward = ledger.terms["forward"].flops  # once more for the gradients of the inputs, and once for those of the weights
+    ledger = ledger.put(backward=Term(flops=forward * (1 + trained)))
+    ledger = ledger.put(**{n: replace(t, flops=t.flops * micro_batches, traffic=t.traffic * micro_batches) for n, t in ledger.terms.items()})
+    moved = 2 * ledger.bytes("optimizer") + ledger.bytes("gradients") + 2 * trained * ledger.bytes("parameters")
+    return ledger.put(update=Term(traffic=moved))  # moments and weights are read and written, gradients read
+
+
+def _gradients(ledger: Ledger, facts: Facts, trained: float, element: int, micro_batches: int, tokens: int) -> Ledger:
+    """Which gradients are alive beside which activations.
+
+    Several micro-batches: all of them, always. One: a segment of blocks frees its activations while its gradients come,
+    and the gradients of what stands before the blocks come when all activations are gone. Where the head is tied, its
+    share waits for the embedding's (the model's transients count it, which is too much when the table is frozen), and
+    their sum is the last thing the backward pass makes.
+    """
+    gradients = ledger.terms["gradients"]
+    each = gradients.bytes / facts.parameters
+    tied = sum(_count(facts, lambda name, group=group: name in group) for group in facts.tied)  # type: ignore[misc]
+    absent = tied * element * (1 - trained)
+    if micro_batches > 1:
+        waiting = Term((micro_batches - 1) * tokens * 16, moments=("forward", "backward"))  # int64 tokens and targets
+        ledger = ledger.put(gradients=replace(gradients, moments=("forward", *gradients.moments)), **{"waiting micro-batches": waiting})
+    else:
+        held = [t for t in ledger.terms.values() if t.blocks]
+        inside = each * _count(facts, lambda name: name.startswith("layers.")) * max((t.blocks for t in held), default=0) / max(1, facts.layers)
+        early = facts.chain[: facts.chain.index("layers.*")] if "layers.*" in facts.chain else ()
+        absent += each * _count(facts, lambda name: name.split(".")[0] in early) + min(inside, sum(t.bytes for t in held))
+    last = max(2 * tied * each, trained * ROUNDING * _largest(facts) if element < 4 else 0)
+    return ledger.put(**{"gradients not yet": Term(-round(absent), moments=("backward",)), "transient.one tensor updated": Term(round(last), moments=("update",))})
+
+
+def _count(facts: Facts, wanted: Callable[[str], bool]) -> int:
+    return sum(math.prod(shape) for name, shape in facts.shapes.items() if wanted(name))
+
+
+def _largest(facts: Facts) -> int:
+    return max(math.prod(shape) for shape in facts.shapes.values())

@@ -1,0 +1,232 @@
+"""The loop: it learns, it resumes bitwise after Ctrl-C and kill -9, it refuses what it cannot do, it leaves a folder that others load."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lilliput.base.errors import DoesNotFit, UserError
+from lilliput.base.job import Job
+from lilliput.base.show import Show
+from lilliput.loops.train import train
+
+WORDS = ["the", "lilliput", "rope", "holds", "a", "giant", "down", "on", "small", "sand", "and", "it", "sleeps"]
+BASE = {"model": "tiny", "seed": 3, "threads": 1}
+STEPS = 12
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    chooser = random.Random(0)
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(" ".join(chooser.choices(WORDS, k=9)) for _ in range(300)))
+    return path
+
+
+def words(text: Path, **more: str) -> list[str]:
+    fixed = {
+        "model": "tiny", "seed": "3", "threads": "1", "data.path": str(text), "data.tokenizer": "bytes", "data.sequence": "32", "train.init": "scratch",
+        "train.steps": str(STEPS), "train.tokens_per_step": "128", "train.micro_batch": "2", "train.warmup": "2", "train.lr": "3e-3", "train.save_every": "3",
+        "train.eval_tokens": "256", "train.dropout": "0.1",
+    }  # fmt: skip
+    return [f"{k}={v}" for k, v in (fixed | more).items()]
+
+
+def run(text: Path, out: Path, **more: str):
+    return train(Job.load(overrides=words(text, **more)), out, Show(json=True))
+
+
+def curve(out: Path) -> list[tuple]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r.get("loss"), r.get("grad_norm"), r.get("lr"), r.get("eval_loss")) for r in rows]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    assert curve(first) == curve(second)
+    a, b = load_file(first / "model" / "model.safetensors"), load_file(second / "model" / "model.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def spawn(text: Path, out: Path, *more: str) -> subprocess.Popen:
+    code = "import sys; from lilliput.cli.main import run; sys.argv[0] = 'lilliput'; run()"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", code, "train", *words(text), *more, "--out", str(out)], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "metrics.jsonl").is_file() and f'"step": {step}, "loss"' in (out / "metrics.jsonl").read_text():
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached: {process.stderr.read() if process.poll() is not None else 'timeout'}")
+
+
+def kill_and_resume(text: Path, folder: Path, whole: Path, trials: int, seed: int) -> None:
+    chooser = random.Random(seed)
+    for trial in range(trials):
+        out = folder / f"killed-{trial}"
+        process = spawn(text, out)
+        wait_for_step(out, chooser.randint(1, STEPS - 1), process)
+        time.sleep(chooser.random() * 0.05)  # anywhere in a step, a save or an evaluation
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        run(text, out)
+        assert_same_run(whole, out)
+
+
+def test_it_learns_and_leaves_a_folder_that_transformers_loads(text: Path, tmp_path: Path) -> None:
+    result = run(text, tmp_path / "run", **{"train.steps": "60", "train.dropout": "0", "train.lr": "1e-2"})
+    assert result.loss_first == pytest.approx(torch.log(torch.tensor(256.0)).item(), abs=0.4), "random weights know nothing: ln(vocabulary)"
+    assert result.eval_after < 2.6 < result.eval_before
+    out = tmp_path / "run"
+    assert {p.name for p in out.iterdir()} >= {"job.toml", "metrics.jsonl", "loss.png", "loss.svg", "model", "checkpoints", "result.json", "environment.json"}
+    assert len(list((out / "checkpoints").iterdir())) == 2
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all({"loss", "tokens_per_second", "mfu", "eta_seconds", "peak_bytes"} <= r.keys() for r in rows if "eval_loss" not in r)
+
+    import transformers
+
+    from lilliput.models.load import load_model
+
+    ours, tokenizer, checkpoint = load_model(out / "model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
+    tokens = torch.tensor([tokenizer.encode("the rope holds a giant")])
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+    assert checkpoint.lineage["evaluation"]["60"] == pytest.approx(result.eval_after)
+
+
+def test_a_finished_run_is_not_run_again_and_more_steps_extend_it(text: Path, tmp_path: Path) -> None:
+    first = run(text, tmp_path / "run", **{"train.schedule": "constant"})
+    assert run(text, tmp_path / "run", **{"train.schedule": "constant"}) == first
+    longer = {"train.schedule": "constant", "train.steps": "15"}
+    assert run(text, tmp_path / "run", **longer).resumed_from == STEPS
+    run(text, tmp_path / "whole", **longer)
+    kept = [r for r in curve(tmp_path / "run") if r[1] is not None]
+    assert kept == [r for r in curve(tmp_path / "whole") if r[1] is not None]
+
+
+def test_micro_batches_do_not_change_the_step(text: Path, tmp_path: Path) -> None:
+    plain = {"train.dropout": "0", "train.steps": "4"}
+    run(text, tmp_path / "two", **plain, **{"train.micro_batch": "2"})
+    run(text, tmp_path / "four", **plain, **{"train.micro_batch": "4"})
+    two, four = ([r[1] for r in curve(tmp_path / name) if r[1] is not None] for name in ("two", "four"))
+    assert len(two) == 4 and two == pytest.approx(four, rel=1e-5)
+
+
+@pytest.mark.parametrize("room", ["lora.rank=4", "remat.every=2", "dtype=bf16"])
+def test_interrupted_runs_continue_bitwise(room: str, text: Path, tmp_path: Path) -> None:
+    key, value = room.split("=")
+    steps = {"train.steps": "8", "train.save_every": "0", key: value}
+    run(text, tmp_path / "whole", **steps)
+    from lilliput.loops import train as module
+
+    class Interrupted(module.Stop):
+        asked = 0
+
+        @property
+        def requested(self) -> bool:
+            Interrupted.asked += 1
+            return Interrupted.asked == 5
+
+        @requested.setter
+        def requested(self, value: bool) -> None: ...
+
+    from contextlib import contextmanager
+
+    @contextmanager
+    def after_five():
+        yield Interrupted()
+
+    original, module.stoppable = module.stoppable, after_five
+    try:
+        first = run(text, tmp_path / "parts", **steps)
+    finally:
+        module.stoppable = original
+    assert first.interrupted and first.steps == 5 and not (tmp_path / "parts" / "model").exists()
+    assert run(text, tmp_path / "parts", **steps).resumed_from == 5
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_sigint_saves_and_exits_with_130(text: Path, tmp_path: Path) -> None:
+    process = spawn(text, tmp_path / "parts")
+    wait_for_step(tmp_path / "parts", 4, process)
+    process.send_signal(signal.SIGINT)
+    _, talk = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the run ended before the signal arrived")
+    assert process.returncode == 130 and "saved after step" in talk and "Traceback" not in talk
+    run(text, tmp_path / "parts")
+    run(text, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_kill_minus_nine(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "whole")
+    kill_and_resume(text, tmp_path, tmp_path / "whole", trials=2, seed=1)
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_twenty_times(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "whole")
+    kill_and_resume(text, tmp_path, tmp_path / "whole", trials=20, seed=2)
+
+
+def test_another_job_in_the_same_folder_is_refused_and_nothing_is_lost(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(UserError, match="holds another run") as caught:
+        run(text, tmp_path / "run", **{"train.lr": "1e-4"})
+    assert "train.lr: 0.003 -> 0.0001" in caught.value.why
+    with pytest.raises(UserError, match="holds another run"):
+        run(text, tmp_path / "run", model="gpt-nano")
+    assert all(p.read_bytes() == data for p, data in before.items() if p.is_file() and p.name not in (".lock",))
+
+
+def test_a_damaged_checkpoint_is_named(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    victim = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1] / "weights.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-5] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(UserError, match=r"weights\.safetensors is damaged"):
+        run(text, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"train.tokens_per_step": "100"}, "no multiple"),
+        ({"data.sequence": "512"}, "longer than the model|too long"),
+        ({"data.path": "nowhere/*.txt"}, "nowhere"),
+        ({"data.path": ""}, "nothing to train on"),
+        ({"train.init": "weights"}, "without weights"),
+        ({"lora.targets": '["z_proj"]'}, "lora"),
+        ({"remat.every": "9"}, "remat"),
+        ({"model": "no-such-model"}, "no-such-model"),
+    ],
+    ids=lambda v: str(v) if isinstance(v, str) else next(iter(v)),
+)
+def test_bad_input(more: dict[str, str], what: str, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=what) as caught:
+        run(text, tmp_path / "run", **more)
+    assert caught.value.fix or caught.value.why
+
+
+def test_what_does_not_fit_is_refused_before_it_starts(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFit) as caught:
+        run(text, tmp_path / "run", model="llama-70b")
+    assert caught.value.exit_code == 3 and "GiB" in caught.value.why
+    assert not (tmp_path / "run" / "model").exists()
