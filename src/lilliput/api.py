@@ -95,11 +95,18 @@ class Chat:
         return answer
 
 
-def load(name: str | Path, *, device: str = "auto", dtype: Literal["fp32", "bf16"] = "fp32") -> LanguageModel:
-    """A model by name (pulled when it is not in the cache), folder or file. UserError when there is none or it is damaged."""
+def load(name: str | Path, *, device: str = "auto", dtype: Literal["fp32", "bf16"] = "fp32", threads: int | Literal["auto"] = "auto") -> LanguageModel:
+    """A model by name (pulled when it is not in the cache), folder or file. UserError when there is none or it is damaged.
+
+    `threads`: torch's compute threads in this process from now on; auto = what the cgroup allows.
+    """
+    from lilliput.base import hardware
     from lilliput.models.load import load_model
 
     module, tokenizer, _ = load_model(str(name), device, dtype)
+    import torch
+
+    torch.set_num_threads(hardware.cpus() if threads == "auto" else threads)
     return LanguageModel(module, tokenizer)
 
 

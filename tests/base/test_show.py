@@ -141,15 +141,17 @@ def test_plain_output_loads_no_rich() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (float("inf"), "unknown")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (float("inf"), "unknown")]
+)
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(
     ("number", "bytes_", "units"),
-    [(0, "0 B", "0"), (512, "512 B", "512"), (1536, "1.5 KiB", "1.54k"), (1023.9, "1 KiB", "1.02k"), (134_515_008, "128 MiB", "135M"), (27.1 * 2**30, "27.1 GiB", "29.1B"),
-     (2**50, "1.02e+03 TiB", "1.13e+03T")],
+    [(0, "0 B", "0"), (512, "512 B", "512"), (1536, "1.5 KiB", "1.54k"), (1023.9, "1 KiB", "1.02k"),
+     (134_515_008, "128 MiB", "135M"), (27.1 * 2**30, "27.1 GiB", "29.1B"),     (2**50, "1.02e+03 TiB", "1.13e+03T")],
 )  # fmt: skip
 def test_sizes_and_counts(number: float, bytes_: str, units: str) -> None:
     assert (size(number), count(number)) == (bytes_, units)

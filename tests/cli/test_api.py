@@ -40,7 +40,7 @@ def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> lilliput.TrainR
 
 @pytest.fixture
 def model(run: lilliput.TrainResult) -> lilliput.LanguageModel:
-    loaded = lilliput.load(Path(run.out) / "model", device="cpu")
+    loaded = lilliput.load(Path(run.out) / "model", device="cpu", threads=1)
     loaded.tokenizer.chat_template = TEMPLATE
     return loaded
 

@@ -128,7 +128,7 @@ def test_dry_run_plans_one_conversation(folder: Path, capsys: pytest.CaptureFixt
     with pytest.raises(typer.Exit) as leave:
         verb.chat(words=["threads=1"], model=str(folder), raw=False, json=True, dry_run=True, show_config=False)
     assert leave.value.exit_code == OK
-    kv = next(row for row in json.loads(capsys.readouterr().out)["terms"] if row["term"] == "kv")
+    kv = json.loads(capsys.readouterr().out)["terms"]["kv"]
     assert kv["bytes"] == 2 * 2 * 1 * 16 * 4 * CONTEXT
 
 

@@ -225,6 +225,8 @@ def test_show_config_names_each_source(tmp_path):
     assert values["train.lr"] == {"value": 0.5, "source": "flag"}
     assert values["train.beta1"]["source"] == "default"
     assert values["train.micro_batch"]["source"].startswith("auto: ") and isinstance(values["train.micro_batch"]["value"], int)
+    assert values["device"]["value"] in ("cpu", "cuda") and values["threads"]["value"] >= 1
+    assert all(values[key]["source"].startswith("auto: ") for key in ("device", "threads"))
     table = call("train", str(file), "--show-config").stdout
     assert "file job.toml:3" in table and "auto: " in table
 
@@ -282,7 +284,7 @@ def test_papers_run_shows_both_numbers(monkeypatch, holds):
     assert result.exit_code == (0 if holds else 1)
     assert checkpointing.PAPER.claim in result.stderr and "half of it here" in result.stderr
     document = json.loads(call("papers", "run", "checkpointing", "--json").stdout)
-    assert document["holds"] is holds and document["measured"] == "half of it here" and document["rows"] == [dict(row) for row in finding.rows]
+    assert document["holds"] is holds and document["measured here"] == "half of it here" and document["rows"] == [dict(row) for row in finding.rows]
 
 
 def test_pull_says_what_is_here(tmp_path):

@@ -51,6 +51,10 @@ def test_no_system_without_a_run_claims_to_work():
     assert [paper.name for paper in every() if paper.works] == ["checkpointing"]
 
 
+def test_what_works_was_measured_and_nothing_else():
+    assert all(bool(paper.measured) == paper.works for paper in every())
+
+
 def test_switches_name_keys_that_exist():
     known = sections()
     rooms = {name for table in registry.ROOMS.values() for name in table}
@@ -79,6 +83,7 @@ def test_listing_leaves_torch_out():
 def test_checkpointing_claim_holds_here():
     finding = index.find("checkpointing").run()
     assert finding.holds, finding.summary
+    assert finding.summary == index.find("checkpointing").measured, "the table of `lilliput papers` tells another number"
     rows = {row["blocks"]: row for row in finding.rows}
     small, large = min(rows), max(rows)
     grown = large / small

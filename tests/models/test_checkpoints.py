@@ -137,6 +137,7 @@ def test_any_shape_in_any_number_of_shards_comes_back(tmp_path_factory: pytest.T
     assert set(load_file(checkpoint.files[0])) <= set(safetensor.shards(folder))
     assert checkpoint.spec == spec
     assert all(torch.equal(checkpoint.read(name), parameter) for name, parameter in model.named_parameters())
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(folder / "config.json").stat().st_mode}
     records.verify(folder)
 
 

@@ -69,6 +69,7 @@ def test_what_the_package_writes_is_read(tmp_path: Path, whole: bytes) -> None:
         ({"a": f32(2, at=(0, 8))}, bytes(4), "need 8 bytes, the file has 4"),
         ({"a": f32(1, at=(0, 4))}, bytes(6), "goes on for 2 more"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_lying_header_is_refused(tmp_path: Path, header: Any, data: bytes, why: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -78,7 +79,8 @@ def test_a_lying_header_is_refused(tmp_path: Path, header: Any, data: bytes, why
 
 
 @pytest.mark.parametrize(("raw", "why"), [(b"", "has 0 bytes"), (b"\0\0\0", "has 3 bytes"), ((1 << 60).to_bytes(8, "little"), "at most 100,000,000"),
-                                          ((99).to_bytes(8, "little") + b"{}", "claims a header of 99 bytes, the file has 10")])
+                                          ((99).to_bytes(8, "little") + b"{}", "claims a header of 99 bytes, the file has 10")],
+                         ids=lambda value: value if isinstance(value, str) else "")
 def test_an_absurd_header_length_is_refused(tmp_path: Path, raw: bytes, why: str) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(raw)

@@ -29,6 +29,7 @@ from typing import Any
 
 from lilliput.base import hardware
 from lilliput.base.errors import UserError
+from lilliput.base.version import __version__
 
 try:
     import fcntl
@@ -151,7 +152,7 @@ def environment() -> dict[str, Any]:
     """What bitwise equality depends on: versions, vector units and threads. torch's threads are known once it is loaded."""
     torch = sys.modules.get("torch")
     return {
-        "lilliput": importlib.metadata.version("lilliput"),
+        "lilliput": __version__,
         "torch": importlib.metadata.version("torch"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

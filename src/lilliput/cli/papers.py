@@ -64,7 +64,8 @@ def listing(show: Show) -> None:
     working = sum(row["status"] == "works" for row in rows)
     show.data({"works": working, "systems": rows})
     for group in groups:
-        show.table([row for row in rows if row["group"] == group], ("name", "status", "switched on by", "published claim"), group)
+        here = [row | {"claim": _both(row)} for row in rows if row["group"] == group]
+        show.table(here, ("name", "status", "switched on by", "claim"), group)
     show.line(f"{working} of {len(rows)} systems work here. `lilliput papers NAME` shows one, `lilliput papers run NAME` measures its claim.")
 
 
@@ -84,7 +85,7 @@ def measure(show: Show, paper: Paper, dry_run: bool) -> int:
         show.line(f"would measure: {paper.claim}")
         return OK
     finding = paper.run()
-    show.data({**_row(paper), "measured": finding.summary, "holds": finding.holds, "rows": [dict(row) for row in finding.rows]})
+    show.data({**_row(paper), "measured here": finding.summary, "holds": finding.holds, "rows": [dict(row) for row in finding.rows]})
     show.table([dict(row) for row in finding.rows], tuple(finding.rows[0]), f"{paper.system}, measured here")
     show.line(f"published: {paper.claim}")
     show.line(f"measured:  {finding.summary}")
@@ -99,7 +100,13 @@ def _row(paper: Paper) -> dict[str, Any]:
         "status": paper.status,
         "switched on by": " ".join(paper.switches) if paper.works else "",
         "published claim": paper.claim,
+        "measured here": paper.measured if paper.works else "",
     }
+
+
+def _both(row: dict[str, Any]) -> str:
+    """The published claim, and what was measured here where it was."""
+    return row["published claim"] + (f" Here: {row['measured here']}." if row["measured here"] else "")
 
 
 def _working() -> list[str]:

@@ -77,10 +77,13 @@ def present(estimate: Estimate | ServingEstimate, show: Show, **more: str) -> in
 
 
 def settled(job: Job) -> Settings:
-    """The job's settings with every `auto` that the planner answers filled in, reason included."""
+    """The job's settings with every `auto` that is known before the data is read filled in, reason included."""
     from lilliput import api
 
+    estimate = api.plan(job)
+    machine = {"device": (estimate.device.kind, estimate.device.name), "threads": (estimate.site.hardware.cpus(), "what this process may use")}
     settings = job.settings
-    for key, (value, reason) in api.plan(job).settled.items():
-        settings = settings.with_auto(key, value, reason)
+    for key, (value, reason) in (machine | estimate.settled).items():
+        if key in estimate.settled or getattr(job.top, key) == "auto":
+            settings = settings.with_auto(key, value, reason)
     return settings

@@ -54,7 +54,7 @@ def _section(name: str, cls: type[Section]) -> str:
     for key, info in cls.model_fields.items():
         default = "required" if info.is_required() else f"`{toml_value(info.get_default(call_default_factory=True))}`"
         word = key if name == "job" else f"{name}.{key}"
-        rows.append(f"| `{word}` | {wanted(info)} | {default} | {info.description or ''} |".replace("||", "| |"))
+        rows.append(f"| `{word}` | {wanted(info)} | {default} | {info.description or ''} |")
     if name not in CORE:
         rows.append(f"\nOff unless one of its keys, `{name}=on` or `[{name}]` is given.")
     return "\n".join(rows) + "\n"

@@ -13,7 +13,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,6 @@ from lilliput.base import records
 from lilliput.base.errors import DoesNotFit, UserError
 from lilliput.base.hardware import Hardware
 from lilliput.base.job import Job
-from lilliput.base.protocols import Site
 from lilliput.base.seeds import key
 from lilliput.base.show import Show
 from lilliput.loops.schedule import learning_rate
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from lilliput.models.spec import DecoderSpec
     from lilliput.parallel.rig import Rig
 
+LARGE = 8 << 20  # bytes of data from which reading gets a progress bar
 MAY_CHANGE = ("threads", "train.steps", "train.eval_every", "train.eval_tokens", "train.save_every", "train.tensorboard")  # between a run and its resume
 
 
@@ -101,9 +101,23 @@ class _Loop:
             raise UserError(f"data.sequence={data.sequence} is too long", f"the model knows {spec.context} positions", f"data.sequence={spec.context}")
         self.spec, self.lineage = spec, checkpoint
         self.micro, self.estimate = self._plan(spec, data.sequence)
-        self.stream, self.held = open_data(data, self.tokenizer, spec.context, self.job.top.seed)
+        self.stream, self.held = self._open(open_data, data, spec.context)
         self.rig = self._assemble(spec, checkpoint, data.sequence)
         self.identity = self._identity(spec)
+
+    def _open(self, open_data: Any, data: Any, context: int) -> tuple[Any, Any]:
+        with ExitStack() as stack:
+            bars: list[Any] = []
+
+            def progress(done: int, total: int) -> None:  # bytes; small data needs no bar
+                if total > LARGE and not bars:
+                    bars.append(stack.enter_context(self.show.bar(total, "tokenise")))
+                if bars:
+                    bars[0].advance(done - bars[0].done)
+
+            stream, held = open_data(data, self.tokenizer, context, self.job.top.seed, progress)
+        self.show.line("data: " + ", ".join(f"{count:,} {name}" for name, count in stream.summary().items()))
+        return stream, held
 
     def _tokenizer(self, make: Any, checkpoint: Checkpoint | None, data: Any) -> Tokenizer:
         from lilliput.data.load import texts
@@ -257,8 +271,13 @@ class _Loop:
         except ImportError as error:
             raise UserError("train.tensorboard needs the tensorboard package", fix="pip install 'lilliput[tensorboard]'") from error
         writer = SummaryWriter(str(self.run.folder / "tensorboard"))
+
+        def write(event: dict[str, Any]) -> None:
+            for name, value in event.items():
+                writer.add_scalar(name, value, event["step"])
+
         try:
-            yield lambda event: [writer.add_scalar(k, v, event["step"]) for k, v in event.items() if k != "step"]
+            yield write
         finally:
             writer.close()
 

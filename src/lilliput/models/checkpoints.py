@@ -183,6 +183,7 @@ def _write_shards(folder: Path, read: Callable[[str], Tensor], spec: DecoderSpec
     names = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))] if len(shards) > 1 else [safetensor.SINGLE]
     for number, name in enumerate(names):
         (folder / f"{number}.part").rename(folder / name)
+        (folder / name).chmod((folder / "config.json").stat().st_mode)  # the package writes files that only their owner may read
     if len(shards) > 1:
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         records.write_json(folder / safetensor.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -241,10 +241,10 @@ def _pull_repo(repo: str, show: Show) -> Path:
     show.line(f"fetching {repo} from Hugging Face")
     try:
         folder = Path(snapshot_download(repo, allow_patterns=WANTED, ignore_patterns=UNWANTED, etag_timeout=PROBE))
+    except errors.GatedRepoError as error:  # a subclass of the next one
+        raise UserError(f"`{repo}` is gated", "its owner wants you to accept a licence", f"accept it at https://huggingface.co/{repo}, then `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(f"Hugging Face has no model `{repo}`", "the name is wrong, or it is private", "check the name; `hf auth login` for a private one") from error
-    except errors.GatedRepoError as error:
-        raise UserError(f"`{repo}` is gated", "its owner wants you to accept a licence", f"accept it at https://huggingface.co/{repo}, then `hf auth login`") from error
     except Exception as error:  # the library's transport errors have no common base
         raise UserError(f"the download of {repo} broke", f"{type(error).__name__}: {str(error)[:200]}", "run the same command again: it goes on from there") from error
     if not (folder / "config.json").is_file() or not _whole(folder):

@@ -104,6 +104,10 @@ PAPER = Paper(
     year=2016,
     where="arXiv 1604.06174",
     claim="A 1,000-layer residual network trains in 7 GB instead of 48 GB, in 30 % more time: O(sqrt n) memory for one extra forward pass.",
+    measured=(
+        "from 16 to 100 blocks the peak grows as n^0.99 plain and n^0.48 recomputed, to 11% of it; each block runs forward exactly once more; "
+        "gradients are bitwise equal"
+    ),
     switches=("remat.every=sqrt",),
     run=run,
 )

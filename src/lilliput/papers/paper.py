@@ -32,6 +32,7 @@ class Paper:
     year: int
     where: str  # venue and arXiv id or DOI
     claim: str  # one sentence with the published number
+    measured: str = ""  # one sentence with our numbers, the `summary` of the run (a test holds it to that)
     switches: tuple[str, ...] = ()  # config keys that turn it on, "section.key=value"; empty when nothing has to be asked for
     run: Callable[[], Finding] | None = None
 

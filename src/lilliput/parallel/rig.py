@@ -53,7 +53,7 @@ class Sums:
 class Rig:
     """Frozen; rooms replace fields. A field is empty until its phase."""
 
-    model: nn.Module
+    model: Any  # an nn.Module that states `facts` and `spec` and carries a dropout `counter` and a `walk` over its blocks
     facts: Facts
     site: Site
     device: torch.device

@@ -28,7 +28,7 @@ from lilliput.base.ledger import Ledger, Term
 from lilliput.base.protocols import Phase, Site
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from lilliput.parallel.rig import Rig
 
@@ -143,7 +143,7 @@ class Lora(Section):
         write_adapter(folder, rig.model.spec, pairs, rank=self.rank, alpha=self.alpha, dropout=self.dropout)
 
 
-def adapted(model: nn.Module) -> list[tuple[str, Any]]:
+def adapted(model: Any) -> list[tuple[str, Any]]:
     """(path, Linear) of every module that carries an update."""
     return [(path, m) for path, m in model.named_modules() if "lora" in getattr(m, "deltas", {})]
 
@@ -158,7 +158,7 @@ def merged(rig: Rig, name: str) -> Tensor:
     return (parameter.float() + deltas["lora"].weight().detach()).to(parameter.dtype)
 
 
-def merge(model: nn.Module) -> int:
+def merge(model: Any) -> int:
     """Add every update to its weight in place and take it off; returns how many. The deltas are kept aside for `unmerge`."""
     count = 0
     for _, linear in adapted(model):
@@ -170,7 +170,7 @@ def merge(model: nn.Module) -> int:
     return count
 
 
-def unmerge(model: nn.Module) -> int:
+def unmerge(model: Any) -> int:
     """Take merged updates out of the weights (to rounding: about 1e-7 of a weight in fp32) and put the deltas back."""
     count = 0
     for module in list(model.modules()):
