@@ -23,7 +23,10 @@ from lilliput.serve.request import Sampling
 if TYPE_CHECKING:
     from lilliput.base.facts import Facts
     from lilliput.base.hardware import Hardware
+    from lilliput.base.show import Show
     from lilliput.data.tokenizer import Tokenizer
+    from lilliput.loops.evaluate import Perplexity
+    from lilliput.loops.tasks import TaskResult
     from lilliput.models.decoder import Decoder
     from lilliput.models.spec import DecoderSpec
     from lilliput.plan.estimate import Estimate
@@ -127,6 +130,30 @@ def train(job: Job | str | Path | None = None, *, out: str | Path, **sections: A
     from lilliput.loops.train import train as run
 
     return run(_job(job, sections), Path(out), Show())
+
+
+def evaluate(model: LanguageModel | str | Path, *, path: str | Path, **settings: Any) -> dict[str, Perplexity | TaskResult]:
+    """Task name -> its figures. `settings`: the keys of the section `eval` (tasks, window, stride, limit, batch).
+
+    Example: evaluate("smollm2-135m", path="wiki.test.raw", window=1024, limit=40)["perplexity"].perplexity
+    """
+    from lilliput.base.show import Show
+
+    section = {"path": str(path), **settings}
+    if isinstance(model, LanguageModel):
+        results = measure(Job.load(eval=section), Show(), model)
+    else:
+        results = measure(Job.load(model=str(model), eval=section), Show())
+    return {getattr(result, "task", "perplexity"): result for result in results}
+
+
+def measure(job: Job, show: Show, model: LanguageModel | None = None) -> list[Perplexity | TaskResult]:
+    """What the section `eval` of a job asks for, of the job's model or of one that is loaded; files are checked before weights are read."""
+    from lilliput.loops import evaluate as loop
+
+    opened = loop.open_tasks(job.eval)
+    model = model or load(job.top.model, device=job.top.device, dtype=job.top.dtype, threads=job.top.threads)
+    return loop.evaluate(model.module, model.tokenizer, opened, job.eval, show)
 
 
 def plan(job: Job | str | Path | None = None, **sections: Any) -> Estimate:

@@ -99,11 +99,14 @@ def test_sampling_follows_the_seed(model):
     assert draw(1) == draw(1) != draw(2)
 
 
-def test_chat_remembers_nothing(model):
+def test_chat_remembers_nothing(model, monkeypatch):
+    prompts, encode = [], model.tokenizer.encode
+    monkeypatch.setattr(model.tokenizer, "encode", lambda text, special=False: prompts.append(text) or encode(text, special))
     first = model.chat("Who came?", max_tokens=6)
     model.chat("Something else entirely", max_tokens=6)
     assert model.chat("Who came?", max_tokens=6) == first
     assert model.chat([{"role": "user", "content": "Who came?"}], max_tokens=6) == first
+    assert prompts[0] == prompts[2] == prompts[3] == "<user>Who came?\n<assistant>"
 
 
 def test_chat_sends_the_system_message_first(model, monkeypatch):

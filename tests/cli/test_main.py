@@ -21,7 +21,16 @@ from lilliput.papers import checkpointing
 from lilliput.papers.paper import Finding
 
 TEXT = "The people of Lilliput measure six inches, and their trees seven feet.\n" * 80
-TINY = ["model=tiny", "train.init=scratch", "data.tokenizer=bytes", "data.sequence=16", "train.tokens_per_step=32", "train.warmup=1", "train.eval_tokens=64", "threads=1"]
+TINY = [
+    "model=tiny",
+    "train.init=scratch",
+    "data.tokenizer=bytes",
+    "data.sequence=16",
+    "train.tokens_per_step=32",
+    "train.warmup=1",
+    "train.eval_tokens=64",
+    "threads=1",
+]
 
 
 def call(*words: str, **environment: str):
@@ -67,7 +76,7 @@ def test_help_is_quick_and_light():
         "from lilliput.cli.main import run; sys.argv = ['lilliput', '--help']\n"
         "try: run()\n"
         "except SystemExit: pass\n"
-        "sys.stderr.write(f'{time.process_time() - begin} {sorted({\"torch\", \"pydantic\", \"numpy\", \"rich\"} & set(sys.modules))}')"
+        'sys.stderr.write(f\'{time.process_time() - begin} {sorted({"torch", "pydantic", "numpy", "rich"} & set(sys.modules))}\')'
     )
     answers = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr for _ in range(3)]
     assert all(answer.endswith(" []") for answer in answers), answers
@@ -91,7 +100,9 @@ def test_unknown_verb_is_the_users_fault():
 # ---- words
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12)), st.lists(st.from_regex(r"[a-z_]{1,6}(\.[a-z_]{1,6})?=[^\n]{0,8}", fullmatch=True)))
+@given(
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12)), st.lists(st.from_regex(r"[a-z_]{1,6}(\.[a-z_]{1,6})?=[^\n]{0,8}", fullmatch=True))
+)
 @settings(deadline=None)
 def test_split_keeps_order_and_loses_nothing(free, given_overrides):
     words = [*free, *given_overrides]
@@ -131,10 +142,10 @@ def test_a_user_error_shows_what_why_and_fix(capsys):
 
 def test_our_own_fault_is_short_and_has_code_1(capsys, monkeypatch):
     monkeypatch.delenv("LILLIPUT_DEBUG", raising=False)
-    assert code_of(ZeroDivisionError("x\ny")) == 1
+    assert code_of(ZeroDivisionError("first\nsecond")) == 1
     said = capsys.readouterr().err
-    assert said.startswith("error: ZeroDivisionError: x\n") and "Lilliput's fault" in said and "report" in said
-    assert "Traceback" not in said
+    assert said.startswith("error: ZeroDivisionError: first\n") and "Lilliput's fault" in said and "report" in said
+    assert "Traceback" not in said and "second" not in said
 
 
 def test_our_own_fault_under_json_is_a_document(capsys, monkeypatch):
@@ -149,13 +160,21 @@ def test_debug_shows_the_traceback(monkeypatch):
         faulty(ZeroDivisionError("x"))(json=False)
 
 
+def test_a_bad_debug_switch_is_named(capsys, monkeypatch):
+    monkeypatch.setenv("LILLIPUT_DEBUG", "maybe")
+    assert code_of(ZeroDivisionError("x")) == 2
+    assert "LILLIPUT_DEBUG" in capsys.readouterr().err
+
+
 def test_ctrl_c_has_code_130():
     assert code_of(KeyboardInterrupt()) == 130
 
 
-def test_a_reader_that_leaves_hears_no_complaint():
+@pytest.mark.parametrize("words", [["papers"], ["papers", "--json"], ["pull", "--names"]], ids=" ".join)
+def test_a_reader_that_leaves_hears_no_complaint(words):
     code = "from lilliput.cli.main import run; run()"
-    with subprocess.Popen([sys.executable, "-c", code, "papers", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered) as process:
         process.stdout.close()
         assert process.wait(timeout=60) == 0
         assert process.stderr.read() == b""
@@ -177,7 +196,9 @@ def test_a_reader_that_leaves_hears_no_complaint():
         (["papers", "gptx"], "unknown paper `gptx`", "gptq"),
         (["papers", "run"], "papers run needs a name", "lilliput papers run"),
         (["papers", "run", "gptq"], "not built here yet", "lilliput papers run checkpointing"),
-        (["eval"], "eval needs a model", "lilliput eval"),
+        (["eval"], "nothing to measure perplexity on", "eval.path=FILE"),
+        (["eval", "tiny", "-t", "piqq", "eval.path=x"], "unknown task `piqq`", "piqa"),
+        (["eval", "a", "b"], "unexpected argument `b`", "lilliput eval MODEL"),
         (["chat", "one", "two"], "unexpected argument `two`", "lilliput chat"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -249,6 +270,17 @@ def test_train_runs_and_the_same_command_is_done(text, tmp_path):
     again = call(*words)
     assert again.exit_code == 0 and "finished" in again.stderr
     assert json.loads(again.stdout)["loss_last"] == result["loss_last"]
+
+
+def test_eval_measures_a_trained_model(text, tmp_path):
+    call("train", *TINY, f"data.path={text}", "train.steps=1", "--out", str(tmp_path / "run"))
+    words = ["eval", str(tmp_path / "run" / "model"), f"eval.path={text}", "eval.window=32", "eval.limit=3", "threads=1"]
+    planned = json.loads(call(*words, "--dry-run", "--json").stdout)
+    assert planned["would_measure"] == [{"task": "perplexity", "n": f"{len(TEXT):,} characters", "on": "text"}]
+    result = json.loads(call(*words, "--json").stdout)["results"][0]
+    assert result["task"] == "perplexity" and result["windows"] == 3 and result["perplexity"] > 1
+    table = call(*words)
+    assert table.exit_code == 0 and "3 windows of 32" in table.stdout
 
 
 def test_train_shows_a_table_on_stdout_and_talk_on_stderr(text, tmp_path):

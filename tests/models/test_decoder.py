@@ -19,7 +19,8 @@ from lilliput.models.spec import DecoderSpec, Rope
 from lilliput.ops.attention import attend
 
 LLAMA = DecoderSpec("llama", vocab=61, dim=32, layers=3, heads=4, kv_heads=2, head_dim=8, ffn=48, context=64)
-GPT2 = replace(LLAMA, family="gpt2", kv_heads=4, norm="layer", positions="learned", activation="gelu_tanh", qkv_bias=True, o_bias=True, mlp_bias=True, tied=True)
+GPT2 = replace(LLAMA, family="gpt2", kv_heads=4, norm="layer", positions="learned", activation="gelu_tanh", qkv_bias=True, o_bias=True,
+               mlp_bias=True, tied=True)
 SPECS = {
     "llama": LLAMA,
     "mistral": replace(LLAMA, family="mistral", window=7),

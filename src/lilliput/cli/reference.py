@@ -12,7 +12,6 @@ from lilliput.base.config import Section, toml_value, wanted
 from lilliput.base.job import CORE, sections
 from lilliput.cli.main import VERBS, application
 
-WIDTH = "100"  # columns of the help texts, whatever the terminal
 KINDS = {"train": "train rooms", "kv_policy": "cache policies"}
 
 
@@ -43,7 +42,7 @@ def concepts() -> str:
 def _help(words: list[str]) -> str:
     from typer.testing import CliRunner
 
-    result = CliRunner().invoke(application(), [*words, "--help"], prog_name="lilliput", env={"COLUMNS": WIDTH, "TERMINAL_WIDTH": WIDTH})
+    result = CliRunner().invoke(application(), [*words, "--help"], prog_name="lilliput")  # the runner lays help out for 80 columns, whatever the terminal
     assert result.exit_code == 0, f"help of {words or 'lilliput'} exits with {result.exit_code}: {result.output}"
     lines = [line.rstrip() for line in result.output.strip().splitlines()]
     return "```text\n" + "\n".join(lines) + "\n```\n"

@@ -29,9 +29,10 @@ def train(
 ) -> int:
     """Train or fine-tune a model.
 
-    The same command resumes where it stopped, bitwise; a finished run is not run again. The job is a TOML file, key=value words, or both; words win. A technique is on when its section is present
-    (lora.rank=8, remat.every=4). Ctrl-C saves and stops. The run folder gets job.toml, metrics.jsonl, checkpoints/,
-    loss.png and model/ (loadable by transformers). Exit code 3: it does not fit (see lilliput plan).
+    The same command resumes where it stopped, bitwise; a finished run is not run again. The job is a TOML file,
+    key=value words, or both; words win. A technique is on when its section is present (lora.rank=8, remat.every=4).
+    Ctrl-C saves and stops. The run folder gets job.toml, metrics.jsonl, checkpoints/, loss.png and model/ (loadable
+    by transformers). Exit code 3: it does not fit (see lilliput plan).
 
     \b
     Examples:
@@ -64,6 +65,9 @@ def train(
 
 def report(result: TrainResult, show: Show) -> None:
     """The figures of a run, as one document or one table."""
+    from lilliput.base.show import size
+
     figures = asdict(result)
     show.data(figures)
-    show.table([{"figure": name.replace("_", " "), "value": value} for name, value in figures.items() if value is not None], ("figure", "value"))
+    shown = {name: size(value) if name.endswith("bytes") else value for name, value in figures.items() if value is not None}
+    show.table([{"figure": name.replace("_", " "), "value": value} for name, value in shown.items()], ("figure", "value"))

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lilliput.base import records
+from lilliput.base import hardware, records
 from lilliput.base.errors import DoesNotFit, UserError
 from lilliput.base.hardware import Hardware
 from lilliput.base.job import Job
@@ -135,11 +135,10 @@ class _Loop:
         return tokenizer
 
     def _plan(self, spec: DecoderSpec, sequence: int) -> tuple[int, Any]:
-        from lilliput.base import hardware
         from lilliput.models.facts import facts
         from lilliput.plan.estimate import estimate_training
 
-        self.hardware: Hardware = hardware.find(self.job.top.hardware)
+        self.hardware: Hardware = hardware.find(self.job.top.hardware).select(self.job.top.device)
         estimate = estimate_training(self.job, facts(spec), self.hardware)
         if not estimate.fits:
             raise DoesNotFit(*estimate.verdict())
@@ -159,7 +158,7 @@ class _Loop:
 
         top, settings = self.job.top, self.job.train
         device = torch.device(pick_device(top.device))
-        torch.set_num_threads(self.hardware.cpus() if top.threads == "auto" else top.threads)
+        torch.set_num_threads(hardware.cpus() if top.threads == "auto" else top.threads)
         with torch.device("meta"):
             model = Decoder(spec)
         model.dropout = settings.dropout
@@ -171,10 +170,8 @@ class _Loop:
         )  # fmt: skip
 
     def _identity(self, spec: DecoderSpec) -> dict[str, str]:
-        words = self.job.settings.to_dict()
-        values = {f"{s}.{k}": str(v) for s, keys in words.items() if isinstance(keys, dict) and s not in ("eval", "generate") for k, v in keys.items()}
-        values |= {k: str(v) for k, v in words.items() if not isinstance(v, dict)}
-        values = {k: v for k, v in values.items() if k not in MAY_CHANGE}
+        flat = self.job.settings.flat().items()
+        values = {k: str(v) for k, v in flat if k not in MAY_CHANGE and not k.startswith(("eval.", "generate."))}
         return {**values, "model": format(key(repr(spec)), "x"), "tokenizer": self.tokenizer.digest(), "micro_batch": str(self.micro)}
 
     def resume(self) -> None:
@@ -240,10 +237,10 @@ class _Loop:
 
     def _event(self, step: int, sums: Any, rate: float, spent: float, average: float) -> dict[str, Any]:
         per_second = self.job.train.tokens_per_step / spent
-        flops = self.estimate.step_flops / spent
+        peak = self.hardware.device.peak("fp32" if self.hardware.device.kind == "cpu" else self.job.top.dtype)
         return {
             "step": step, "loss": sums.mean, "grad_norm": sums.norm, "lr": rate, "targets": sums.weight,
-            "tokens_per_second": per_second, "mfu": flops / self.hardware.device.peak("fp32"),
+            "tokens_per_second": per_second, "mfu": self.estimate.step_flops / spent / peak if peak else None,
             "eta_seconds": average * (self.job.train.steps - step), "peak_bytes": peak_bytes(), "seconds": spent,
         }  # fmt: skip
 
@@ -274,7 +271,7 @@ class _Loop:
 
         def write(event: dict[str, Any]) -> None:
             for name, value in event.items():
-                writer.add_scalar(name, value, event["step"])
+                writer.add_scalar(name, value or 0.0, event["step"])
 
         try:
             yield write

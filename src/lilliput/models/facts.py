@@ -84,8 +84,8 @@ def activations(spec: DecoderSpec, sequences: int, tokens: int, element: int) ->
     """What one micro-batch keeps for its backward pass, in bytes; `element` = bytes of a computed number (4 on CPUs).
 
     Saved terms add up: all "model" terms plus layers x the "block" terms. Two transients stand beside them (saved=False,
-    never times layers), each the bytes above that sum at one moment of the backward pass: the loss's ("model"), and the
-    last block's ("block", net of what is free by then). Peak = the saved sum + the larger of the two.
+    never times layers): the loss's ("model"), on top of that sum, and the last block's ("block"), on top of the sum
+    without the early terms. Peak = the larger of the two.
     """
     rows = sequences * tokens
     stats = rows * 4 * (2 if spec.norm == "layer" else 1)
@@ -104,8 +104,9 @@ def activations(spec: DecoderSpec, sequences: int, tokens: int, element: int) ->
     last = (2 * stream + stats if spec.norm_place == "pre" else 0) + wide  # what is free when the last block's backward begins
     first = wide if spec.norm_place == "pre" else wide + stream
     model = [
-        Activation("norm and head inputs", first + last, "model", divided_by=ROWS),
-        Activation("log-probabilities", logits, "model", divided_by=TP),
+        Activation("embedding output", first, "model", divided_by=ROWS),
+        Activation("last norm and head inputs", last, "model", early=True, divided_by=ROWS),
+        Activation("log-probabilities", logits, "model", early=True, divided_by=TP),
         Activation("token ids", 2 * rows * 8, "model", divided_by=("cp",)),
     ]
     if spec.positions == "rope":
@@ -113,11 +114,11 @@ def activations(spec: DecoderSpec, sequences: int, tokens: int, element: int) ->
     if spec.window is not None and tokens > spec.window:
         model.append(Activation("window mask", tokens * tokens * element, "model", divided_by=("cp",)))
     kept_bytes = sum(a.size for a in model) + spec.layers * sum(a.size for a in block)
-    return [*block, *model, *_transients(spec, rows, element, last, kept_bytes)]
+    return [*block, *(a for a in model if a.size), *_transients(spec, rows, element, kept_bytes)]
 
 
-def _transients(spec: DecoderSpec, rows: int, element: int, last: int, kept_bytes: int) -> list[Activation]:
-    """The most gradient bytes in the air, above the saved sum, around the loss and the embedding ("model") and in the last block.
+def _transients(spec: DecoderSpec, rows: int, element: int, kept_bytes: int) -> list[Activation]:
+    """The most gradient bytes in the air around the loss and the embedding ("model"), and in the last block.
 
     At the loss: of log-probabilities and logits; or of the head's weight and input; or the three rows of an RMSNorm's
     backward. At the embedding nothing saved is left, but its gradient is dense; tied, there are the head's and the sum too. In a block:
@@ -132,5 +133,5 @@ def _transients(spec: DecoderSpec, rows: int, element: int, last: int, kept_byte
     attention = 2 * rows * (spec.heads + spec.kv_heads) * spec.head_dim * element - KEPT[spec.activation] * hidden - stream
     return [
         Activation("gradients in the loss", loss, "model", saved=False, divided_by=TP),
-        Activation("gradients in a block", max(0, max(mlp, attention) + held - last - logits), saved=False, divided_by=TP),
+        Activation("gradients in a block", max(mlp, attention) + held, saved=False, divided_by=TP),
     ]

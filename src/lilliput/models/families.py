@@ -32,7 +32,8 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,), "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "clip_qkv": (None,), "qk_layernorm": (None, False),
     "partial_rotary_factor": (None, 1.0), "rotary_pct": (None, 1.0), "scale_attn_by_inverse_layer_idx": (None, False), "reorder_and_upcast_attn": (None, False),
     "scale_attn_weights": (None, True), "add_cross_attention": (None, False), "is_encoder_decoder": (None, False), "_remove_final_layer_norm": (None, False),
-    "layer_norm_elementwise_affine": (None, True), "num_local_experts": (None, 0), "pruned_heads": (None, {}), "logit_scale": (None, 1.0), "use_mrope": (None, False),
+    "layer_norm_elementwise_affine": (None, True), "num_local_experts": (None, 0), "pruned_heads": (None, {}), "logit_scale": (None, 1.0),
+    "use_mrope": (None, False),
 }
 LLAMA_DEFAULTS = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
                   "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,
@@ -66,7 +67,8 @@ def spec_from_hf(config: Mapping[str, Any]) -> DecoderSpec:
     for key, default in DEFAULTS[family].items():
         wanted = (int, float) if isinstance(default, float) else type(default)
         if default is not None and key not in NULLABLE and (not isinstance(merged[key], wanted) or isinstance(merged[key], bool) != isinstance(default, bool)):
-            raise UserError(f"config.json has `{key}={merged[key]!r}`", f"wanted {type(default).__name__}, got {type(merged[key]).__name__}", f"correct `{key}`")
+            why = f"wanted {type(default).__name__}, got {type(merged[key]).__name__}"
+            raise UserError(f"config.json has `{key}={merged[key]!r}`", why, f"correct `{key}`")
     try:
         return (_gpt2 if family == "gpt2" else _opt if family == "opt" else _llama)(family, merged)
     except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError) as error:
@@ -199,12 +201,14 @@ def hf_from_spec(spec: DecoderSpec) -> dict[str, Any]:
         config |= _llama_config(spec)
     try:
         back = spec_from_hf(config)
-        lost = [name for name in DecoderSpec.__dataclass_fields__ if name not in ("extra", "window", "window_layers") and getattr(back, name) != getattr(spec, name)]
+        compared = [name for name in DecoderSpec.__dataclass_fields__ if name not in ("extra", "window", "window_layers")]
+        lost = [name for name in compared if getattr(back, name) != getattr(spec, name)]
         lost += ["window"] if any(back.window_of(layer) != spec.window_of(layer) for layer in range(spec.layers)) else []
     except UserError as error:
         lost = [error.what]
     if lost:
-        raise UserError(f"a {spec.family} config.json cannot express this model", f"it has no words for: {', '.join(lost)}", "give the spec a family that has them")
+        why = f"it has no words for: {', '.join(lost)}"
+        raise UserError(f"a {spec.family} config.json cannot express this model", why, "give the spec a family that has them")
     return config
 
 

@@ -36,7 +36,7 @@ from lilliput.base.show import Bar, Show
 from lilliput.base.version import __version__
 
 DEFAULT_INDEX = "https://pypi.org/simple"
-ATTEMPTS, TIMEOUT, BLOCK = 5, 20, 1 << 18  # tries without an answer from the user; seconds of silence; bytes
+ATTEMPTS, TIMEOUT, BLOCK = 5, 20, 1 << 18  # requests for one file; seconds of silence; bytes read at a time
 Opener = urllib.request.OpenerDirector
 ACCEPT = "application/vnd.pypi.simple.v1+json, text/html;q=0.1"
 

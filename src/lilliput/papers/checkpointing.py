@@ -32,7 +32,8 @@ def run() -> Finding:
     plain, remat = (_exponent(rows, name) for name in ("peak, plain (KiB)", "peak, remat (KiB)"))
     once_more = all(row["block forwards, remat"] == 2 * row["block forwards, plain"] for row in rows)
     summary = (
-        f"from {DEPTHS[0]} to {DEPTHS[-1]} blocks the peak grows as n^{plain:.2f} plain and n^{remat:.2f} recomputed, to {rows[-1]['remat / plain']:.0%} of it; "
+        f"from {DEPTHS[0]} to {DEPTHS[-1]} blocks the peak grows as n^{plain:.2f} plain and n^{remat:.2f} recomputed, "
+        f"to {rows[-1]['remat / plain']:.0%} of it; "
         f"each block runs forward {'exactly once more' if once_more else 'NOT once more'}; gradients are {'bitwise equal' if same else 'NOT equal'}"
     )
     return Finding(summary, tuple(rows), 0.9 < plain < 1.1 and 0.4 < remat < 0.6 and once_more and same)

@@ -15,5 +15,5 @@ PAPER = Paper(
     authors="Patil et al.",
     year=2022,
     where="ICML 2022, arXiv 2207.07697",
-    claim="ResNet-18 and BERT are fine-tuned within the memory of a Cortex-M class device, with less energy than other methods; the savings are drawn, not printed.",
+    claim="ResNet-18 and BERT are fine-tuned within the memory of a Cortex-M class device, with less energy than others; the savings are drawn, not printed.",
 )

@@ -7,7 +7,7 @@ stochastic rounding, no master copy) 12. Activations are what facts.activations 
     parameters          all
     gradients           backward update              and forward, when several micro-batches add up
     optimizer           forward backward update
-    activations.*       forward backward             recomputation keeps some of them in backward only
+    activations.*       forward backward             what loss and head keep: forward; what is recomputed: backward
     transient.*         one                          the turn from forward to backward counts as forward
     gradients not yet   backward, negative           those that come only while activations go: the two never add up
     forward backward update                          work: flops and traffic of one optimizer step
@@ -101,7 +101,7 @@ def _activation(a: Activation, layers: int) -> tuple[str, Term]:
     if not a.saved:
         return f"transient.{a.name}", Term(a.size, moments=("backward",) if a.per == "block" else ("forward",))
     blocks = layers if a.per == "block" else 0
-    return f"activations.{a.name}", Term(a.size * max(1, blocks), moments=("forward", "backward"), blocks=blocks)
+    return f"activations.{a.name}", Term(a.size * max(1, blocks), moments=("forward",) if a.early else ("forward", "backward"), blocks=blocks)
 
 
 def _in_order(rooms: Mapping[str, Any]) -> Iterator[Any]:
