@@ -112,6 +112,7 @@ def test_our_round_trip_is_bitwise(tmp_path: Path, case: str, dtype: str) -> Non
     assert checkpoint.spec == SPECS[case]
     assert tokenizer.digest() == Tokenizer.bytes_().digest()
     assert not loaded.training
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == str(stored).removeprefix("torch.")
     for name, parameter in loaded.named_parameters():
         assert parameter.dtype == stored
         assert torch.equal(parameter, model.get_parameter(name).to(stored)), name

@@ -287,6 +287,8 @@ def _seal(folder: Path) -> None:
     files = [p for p in inside if p.is_file()]
     table = {p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in files}
     write_json(folder / CHECKSUMS, {"files": table})
+    for file in files:  # some libraries write files that only their owner may read
+        shutil.copymode(folder / CHECKSUMS, file)
     for place in (*inside, folder):
         _sync(place)
 

@@ -95,7 +95,7 @@ class _Loop:
             raise UserError("nothing to train on", "data.path is empty", "data.path=notes/*.jsonl")
         data = data.model_copy(update={"path": hub.resolve_data(data.path), "eval_path": hub.resolve_data(data.eval_path)})
         self.tokenizer: Tokenizer = self._tokenizer(make_tokenizer, checkpoint, data)
-        if self.job.train.init == "scratch" and self.tokenizer.vocab_size != spec.vocab:
+        if self.job.train.init == "scratch":
             spec = replace(spec, vocab=self.tokenizer.vocab_size, bos_id=self.tokenizer.bos_id, eos_ids=self.tokenizer.eos_ids)
         if data.sequence > spec.context:
             raise UserError(f"data.sequence={data.sequence} is too long", f"the model knows {spec.context} positions", f"data.sequence={spec.context}")

@@ -59,10 +59,8 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step: running sequences first, then admissions while budget and blocks last."""
         chunks: list[Chunk] = []
-        budget = self.max_batch_tokens
+        budget = self.max_batch_tokens  # never 0 inside the first loop: see the invariant above
         for seq in self.running:
-            if budget == 0:
-                break
             budget -= self._take(seq, budget, chunks)
         while budget and self.waiting and self.pool.can_alloc(need := blocks_for(self.waiting[0].reserve)):
             seq = self.waiting.popleft()
