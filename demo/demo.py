@@ -30,14 +30,13 @@ class Demo:
     rows: list[dict[str, str]] = field(default_factory=list)
 
     def job(self) -> lilliput.Job:
-        """Fine-tune with low-rank updates on plays; blocks recomputed two by two to keep memory small."""
+        """Fine-tune on plays, with low-rank updates."""
         steps = 6 if self.short else 30
         return lilliput.Job.load(
             model=self.model,
             data={"path": "data:shakespeare", "sequence": 128, "holdout": 0.02},
             train={"steps": steps, "tokens_per_step": 512, "lr": 2e-3, "warmup": 3, "eval_tokens": 1024 if self.short else 4096, "save_every": 0},
             lora={"rank": 8, "alpha": 16},
-            remat={"every": 2},
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -58,9 +59,8 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 def spawn(text: Path, out: Path, *more: str) -> subprocess.Popen:
-    code = "import sys; from lilliput.cli.main import run; sys.argv[0] = 'lilliput'; run()"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", code, "train", *words(text), *more, "--out", str(out)], env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-m", "lilliput", "train", *words(text), *more, "--out", str(out)], env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
@@ -223,6 +223,17 @@ def test_bad_input(more: dict[str, str], what: str, text: Path, tmp_path: Path) 
     with pytest.raises(UserError, match=what) as caught:
         run(text, tmp_path / "run", **more)
     assert caught.value.fix or caught.value.why
+
+
+def test_a_full_disk_is_said_and_nothing_is_half_written(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "lilliput", "train", *words(text), "--out", str(out)]
+    limited = f"ulimit -f 800; exec {shlex.join(command)}"  # no file over 800 KiB: the weights have 1.1 MB
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    assert done.returncode == 2 and "disk full while writing" in done.stderr and "Traceback" not in done.stderr
+    assert not (out / "latest").exists() and not (out / "model").exists()
+    assert list((out / "checkpoints").iterdir()) == []
+    assert run(text, out).steps == STEPS, "with room on the disk the same command runs"
 
 
 def test_what_does_not_fit_is_refused_before_it_starts(text: Path, tmp_path: Path) -> None:

@@ -125,8 +125,8 @@ def test_our_round_trip_is_bitwise(tmp_path: Path, case: str, dtype: str) -> Non
 @settings(deadline=None, max_examples=25)
 @given(layers=st.integers(1, 3), groups=st.integers(1, 3), kv=st.integers(1, 3), half=st.integers(1, 5), tied=st.booleans(), bias=st.booleans(),
        shard=st.sampled_from([400, 3000, 1 << 40]), seed=st.integers(0, 9))  # fmt: skip
-def test_any_shape_in_any_number_of_shards_comes_back(tmp_path_factory: pytest.TempPathFactory, layers: int, groups: int, kv: int, half: int, tied: bool, bias: bool,
-                                                      shard: int, seed: int) -> None:  # fmt: skip
+def test_any_shape_in_any_number_of_shards_comes_back(tmp_path_factory: pytest.TempPathFactory, layers: int, groups: int, kv: int, half: int,
+                                                      tied: bool, bias: bool, shard: int, seed: int) -> None:  # fmt: skip
     spec = DecoderSpec("llama", 260, 8, layers, kv * groups, kv, 2 * half, 12, 16, tied=tied, mlp_bias=bias, eos_ids=(256,))
     model = model_of(spec, seed)
     folder = tmp_path_factory.mktemp("shards") / "m"

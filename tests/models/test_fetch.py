@@ -91,9 +91,9 @@ class Index:
 
     def listing(self) -> tuple[str, bytes]:
         if self.json:
-            files = [{"filename": name, "url": f"../../files/{name}#sha256=0", "hashes": {"sha256": hashlib.sha256(c).hexdigest()}} for name, c in self.files.items()]
+            files = [{"filename": name, "url": f"../../files/{name}#sha256=0", "hashes": {}} for name in self.files]
             return "application/vnd.pypi.simple.v1+json", json.dumps({"meta": {"api-version": "1.0"}, "name": "giant", "files": files}).encode()
-        links = "".join(f'<a href="/files/{name}#sha256={hashlib.sha256(c).hexdigest()}" data-requires-python="&gt;=3">{name}</a><br/>' for name, c in self.files.items())
+        links = "".join(f'<a href="/files/{name}#sha256=0" data-requires-python="&gt;=3">{name}</a><br/>' for name in self.files)
         return "text/html; charset=utf-8", f"<!DOCTYPE html><html><body>{links}</body></html>".encode()
 
     def send(self, request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]) -> None:
@@ -140,6 +140,12 @@ def test_the_index_is_the_one_pip_is_configured_with(index: Index, monkeypatch: 
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(UserError, match="no-index"):
         fetch.indexes(fetch._pip_config())
+
+
+def test_the_environment_wins_whatever_the_order() -> None:
+    lines = [":env:.index-url='https://env'", "global.index-url='https://global'", "download.cert='/one.pem'", "global.cert='/two.pem'", "install.cert='/3'"]
+    for listed in (lines, lines[::-1]):
+        assert fetch._options("\n".join(listed)) == {"index-url": "https://env", "cert": "/one.pem"}
 
 
 @pytest.mark.parametrize("speaks_json", [True, False])
@@ -242,6 +248,7 @@ def test_pip_refuses_another_file(index: Index, tmp_path: Path, talk: Show) -> N
     with pytest.raises(UserError, match="is not the expected file"):
         fetch.wheel(want(WHEEL, FILES[WHEEL]), tmp_path, talk)
     assert not (tmp_path / WHEEL).exists()
+    assert "trying another way" not in said(talk), "a false file is no reason to look elsewhere"
 
 
 def test_uv_is_asked_where_there_is_no_pip(index: Index, tmp_path: Path, talk: Show, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,8 +162,9 @@ def test_unknown_names_say_what_is_near(online: None, name: str, what: str, fix:
 def test_planning_needs_no_download(cache: Path) -> None:
     spec, path = resolve_spec(NAME, fetch=False)
     assert (spec.dim, spec.layers, path) == (576, 30, None)
-    with pytest.raises(UserError, match="is not on this machine"):
+    with pytest.raises(UserError) as caught:
         resolve_spec("some/repo", fetch=False)
+    assert (caught.value.why, caught.value.fix) == ("it was looked for in the cache and in Hugging Face's", "lilliput pull some/repo")
 
 
 def test_data_names_become_folders(cache: Path) -> None:
@@ -202,7 +203,7 @@ def test_the_hubs_own_cache_is_used_when_it_is_whole(tmp_path: Path) -> None:
 class Hub:
     """The four addresses of the hub that the client asks for."""
 
-    files = {"config.json": b"{}", "model.safetensors": bytes(50_000), "tokenizer.json": b"{ }", "pytorch_model.bin": b"pickle", "onnx/model.onnx": b"other"}
+    files = {"config.json": b"{}", "model.safetensors": bytes(50_000), "tokenizer.json": b"{ }", "pytorch_model.bin": b"pickle", "onnx/config.json": b"[]"}
 
     def __init__(self) -> None:
         self.fetched: list[str] = []
@@ -252,8 +253,8 @@ def server() -> Iterator[Hub]:
 
 def in_a_process(code: str, tmp_path: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
     """The hub's client reads its settings once, at import."""
-    own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "LILLIPUT_OFFLINE": "0", "LILLIPUT_CACHE": str(tmp_path / "cache"),
-           "NO_PROXY": "127.0.0.1"}  # fmt: skip
+    own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "LILLIPUT_OFFLINE": "0", "NO_PROXY": "127.0.0.1",
+           "LILLIPUT_CACHE": str(tmp_path / "cache")}  # fmt: skip
     return subprocess.run([sys.executable, "-c", "from lilliput.models import hub\n" + code], env=os.environ | own, capture_output=True, text=True, timeout=60)
 
 
@@ -270,6 +271,16 @@ except hub.UserError as error: print(error.what)
     assert done.stdout == "Hugging Face has no model `no/such`\n"
     assert sorted(server.fetched) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert [line.split()[0] for line in done.stderr.splitlines()] == ["fetching", "some/repo:", "fetching"], "nothing but our own talk"
+
+
+def test_name_resolution_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "PROBE", 0.2)
+    hang = threading.Event()
+    monkeypatch.setattr(hub.urllib.request, "urlopen", lambda *request, timeout: hang.wait(20) and io.BytesIO())
+    started = time.monotonic()
+    assert "does not answer within 0.2 s" in str(hub._unreachable())
+    assert time.monotonic() - started < 5
+    hang.set()
 
 
 def test_a_silent_hub_costs_seconds_and_is_told(tmp_path: Path) -> None:

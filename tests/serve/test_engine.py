@@ -46,7 +46,7 @@ def engine_of(model: Decoder, **settings: object) -> Engine:
     return Engine(model, Tokenizer.bytes_(), **({"kv_tokens": 1024} | settings))  # type: ignore[arg-type]
 
 
-def oracle(model: Decoder, prompts: list[list[int]], new: int) -> list[list[int]]:
+def oracle(model: Decoder, prompts: list[list[int]], new: int, penalty: float = 1.0) -> list[list[int]]:
     """transformers' greedy generate on the same weights, one prompt at a time."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -56,7 +56,7 @@ def oracle(model: Decoder, prompts: list[list[int]], new: int) -> list[list[int]
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     theirs.tie_weights()
-    how = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+    how = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, repetition_penalty=penalty)
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
         return [theirs.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), generation_config=how)[0, len(p) :].tolist() for p in prompts]
@@ -81,6 +81,14 @@ def test_greedy_tokens_equal_transformers(family: str) -> None:
         assert [list(engine.generate([p], GREEDY)[0].tokens) for p in prompts] == expected
         assert [list(done.tokens) for done in engine.generate(prompts, GREEDY)] == expected
         assert engine.pool.free_count == engine.pool.total
+
+
+def test_the_repetition_penalty_counts_prompt_and_answer_as_transformers_does() -> None:
+    model, prompts = model_of("llama"), prompts_of(3, seed=4)
+    how = Sampling(24, repetition_penalty=1.3, ignore_eos=True)
+    plain = [list(done.tokens) for done in engine_of(model).generate(prompts, GREEDY)]
+    got = [list(done.tokens) for done in engine_of(model).generate(prompts, how)]
+    assert got == oracle(model, prompts, 24, penalty=1.3) and got != plain
 
 
 def test_logits_of_the_cache_equal_the_whole_forward(device: str) -> None:

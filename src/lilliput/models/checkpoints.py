@@ -108,7 +108,8 @@ def _open_folder(path: Path) -> Checkpoint:
     if len(pickles) == 1 or (pickles and all(file.name.startswith("pytorch_model") for file in pickles)):
         return _open(pickles[0])
     names = sorted(file.name for file in path.iterdir())[:10]
-    raise UserError(f"{path} holds no model", f"looked for {safetensor.SINGLE}, {safetensor.INDEX}, *.gguf; found {', '.join(names) or 'no files'}", "check the path")
+    raise UserError(f"{path} holds no model", f"looked for {safetensor.SINGLE}, {safetensor.INDEX}, *.gguf; found {', '.join(names) or 'no files'}",
+                    "check the path")
 
 
 def _pickle(path: Path) -> UserError:
@@ -149,7 +150,8 @@ def save_model(folder: str | Path, read: Callable[[str], Tensor], spec: DecoderS
     with records.atomic_folder(folder) as building:
         free = shutil.disk_usage(building).free
         if free < needed:
-            raise UserError(f"disk full: {folder} cannot be written", f"the model needs {needed:,} bytes, {free:,} are free", "free some space, or choose another folder")
+            raise UserError(f"disk full: {folder} cannot be written", f"the model needs {needed:,} bytes, {free:,} are free",
+                            "free some space, or choose another folder")
         records.write_json(building / "config.json", config)
         records.write_json(building / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
         tokenizer.save(building)
@@ -208,7 +210,8 @@ def _safetensors(path: Path, folder: Path) -> Checkpoint:
     used = {name for name, _ in places.values()}
     odd = [f"{name} ({stored[name][1].dtype})" for name in used if stored[name][1].dtype not in safetensor.FLOATS]
     if odd:
-        raise UserError(f"{path}: {len(odd)} weights are not floating point", f"first: {odd[0]}; read are {', '.join(safetensor.FLOATS)}", "take the unquantised model")
+        raise UserError(f"{path}: {len(odd)} weights are not floating point", f"first: {odd[0]}; read are {', '.join(safetensor.FLOATS)}",
+                        "take the unquantised model")
     if tied & set(stored):
         _same_head(path, stored["lm_head.weight"], stored[places["embed.weight"][0]])
 

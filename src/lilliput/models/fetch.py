@@ -74,7 +74,8 @@ def archive(want: Archive, folder: Path, show: Show) -> Path:
                 return _download(opener, _find(opener, index, want), want, path, show)
             except Unavailable as reason:
                 reasons.append(f"{_public(index)}: {reason}")
-    raise UserError(f"{want.filename} could not be downloaded", "; ".join(reasons), "check the connection, or `pip config list` for the index, and run it again")
+    raise UserError(f"{want.filename} could not be downloaded", "; ".join(reasons),
+                    "check the connection, or `pip config list` for the index, and run it again")
 
 
 def wheel(want: Archive, folder: Path, show: Show) -> Path:
@@ -160,7 +161,8 @@ def _run(command: list[str], want: Archive, show: Show) -> None:
         return
     told = " ".join(said)
     if "DO NOT MATCH THE HASHES" in told or "Hash mismatch" in told:
-        raise UserError(f"{want.filename} is not the expected file", f"the index served one whose sha256 is not {want.sha256}", "check which index `pip config list` names")
+        raise UserError(f"{want.filename} is not the expected file", f"the index served one whose sha256 is not {want.sha256}",
+                        "check which index `pip config list` names")
     errors = [line for line in said if line.lower().startswith("error")] or said[-1:] or [f"exit code {process.returncode}"]
     raise Unavailable(errors[0][:200])
 
@@ -169,7 +171,11 @@ def _pip_config() -> dict[str, str]:
     """Option -> value as `pip download` would see it: configuration files, then the environment."""
     if importlib.util.find_spec("pip") is None:
         return {}
-    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False).stdout
+    return _options(subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False).stdout)
+
+
+def _options(listed: str) -> dict[str, str]:
+    """What `pip config list` prints, in any order: the environment wins over [download], that over [global]."""
     found: dict[str, tuple[int, str]] = {}
     for line in listed.splitlines():
         name, _, value = line.partition("=")
@@ -228,7 +234,8 @@ def _download(opener: Opener, url: str, want: Archive, path: Path, show: Show) -
                 reason = _reason(error)
     have = part.stat().st_size if part.exists() else 0
     if have < want.size:
-        raise UserError(f"the download of {want.filename} broke", f"{have:,} of {want.size:,} bytes came; {reason}", "run the same command again: it goes on from there")
+        raise UserError(f"the download of {want.filename} broke", f"{have:,} of {want.size:,} bytes came; {reason}",
+                        "run the same command again: it goes on from there")
     found = records.sha256(part)
     if found != want.sha256 or have > want.size:
         part.unlink()
@@ -305,7 +312,8 @@ def _reason(error: Exception) -> str:
 def _room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"disk full: {folder}", f"the download needs {needed:,} bytes, {free:,} are free", "free some space, or set LILLIPUT_CACHE to another disk")
+        raise UserError(f"disk full: {folder}", f"the download needs {needed:,} bytes, {free:,} are free",
+                        "free some space, or set LILLIPUT_CACHE to another disk")
 
 
 @contextmanager

@@ -53,7 +53,8 @@ def spec_from_gguf(header: Header) -> DecoderSpec:
     head_dim = keys.whole("attention.key_length", dim // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if architecture != "gpt2" and keys.whole(key, head_dim) != head_dim:
-            raise UserError(f"GGUF option `{architecture}.{key}={keys.get(key)}` is not supported", f"it must equal the head size {head_dim}", "choose another model")
+            raise UserError(f"GGUF option `{architecture}.{key}={keys.get(key)}` is not supported", f"it must equal the head size {head_dim}",
+                            "choose another model")
     names = header.tensors
     if "token_embd.weight" not in names or layers > len(names):  # and no names are made for a billion layers
         lacks = f"its {len(names)} tensors cannot hold {layers:,} layers" if "token_embd.weight" in names else "it has no tensor `token_embd.weight`"
@@ -188,6 +189,6 @@ def _llama3(header: Header, keys: _Keys, theta: float, head_dim: int) -> Rope:
     turns = original / (2 * math.pi * theta ** (np.arange(found.size) / found.size))
     blend = np.clip((turns - low) / (high - low), 0, 1)
     if 2 * found.size != head_dim or not factor >= 1 or not np.allclose(found, 1 / ((1 - blend) / factor + blend), rtol=1e-4):
-        why = f"the {found.size} divisors of {FREQUENCIES} do not follow Llama 3's rule with factor {factor:g}, {low:g} to {high:g} turns in {original:,} positions"
+        why = f"the {found.size} divisors of {FREQUENCIES} do not follow Llama 3's rule (factor {factor:g}, {low:g} to {high:g} turns, {original:,} positions)"
         raise UserError(f"RoPE scaling of {header.path} is not supported", why, "use the model's safetensors folder")
     return Rope(theta, "llama3", _short(factor), original, low, high)

@@ -128,7 +128,8 @@ def _pull(name: str, show: Show, allowed: bool = True) -> Path:
     if not allowed:
         raise UserError(f"`{name}` is not on this machine", "it was looked for in the cache and in Hugging Face's", f"lilliput pull {name}")
     if env.offline():
-        raise UserError(f"`{name}` is not on this machine", "LILLIPUT_OFFLINE or HF_HUB_OFFLINE forbids the network", f"LILLIPUT_OFFLINE=0 HF_HUB_OFFLINE=0 lilliput pull {name}")
+        raise UserError(f"`{name}` is not on this machine", "LILLIPUT_OFFLINE or HF_HUB_OFFLINE forbids the network",
+                        f"LILLIPUT_OFFLINE=0 HF_HUB_OFFLINE=0 lilliput pull {name}")
     with _turn(name, show) as waited:
         return (waited and found(name)) or _fetch(name, show)
 
@@ -177,7 +178,8 @@ def _unknown(name: str) -> UserError:
     if name.startswith(("/", "./", "../", "~")) or name.endswith((".gguf", ".safetensors", ".bin")):
         return UserError(f"there is no model at {name}", f"looked from {Path.cwd()}", "check the path")
     known = [n for n in names() if n.startswith("data:") == name.startswith("data:")]
-    return UserError(f"unknown {'data set' if name.startswith('data:') else 'model'} `{name}`", "neither a short name, nor a path, nor OWNER/NAME on Hugging Face",
+    return UserError(f"unknown {'data set' if name.startswith('data:') else 'model'} `{name}`",
+                     "neither a short name, nor a path, nor OWNER/NAME on Hugging Face",
                      did_you_mean(name, known))
 
 
@@ -272,12 +274,16 @@ def _pull_repo(repo: str, show: Show) -> Path:
     try:
         folder = Path(snapshot_download(repo, allow_patterns=WANTED, ignore_patterns=UNWANTED, etag_timeout=PROBE))
     except errors.GatedRepoError as error:  # a subclass of the next one
-        raise UserError(f"`{repo}` is gated", "its owner wants you to accept a licence", f"accept it at https://huggingface.co/{repo}, then `hf auth login`") from error
+        raise UserError(f"`{repo}` is gated", "its owner wants you to accept a licence",
+                        f"accept it at https://huggingface.co/{repo}, then `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
-        raise UserError(f"Hugging Face has no model `{repo}`", "the name is wrong, or it is private", "check the name; `hf auth login` for a private one") from error
+        raise UserError(f"Hugging Face has no model `{repo}`", "the name is wrong, or it is private",
+                        "check the name; `hf auth login` for a private one") from error
     except Exception as error:  # the library's transport errors have no common base
-        raise UserError(f"the download of {repo} broke", f"{type(error).__name__}: {str(error)[:200]}", "run the same command again: it goes on from there") from error
+        raise UserError(f"the download of {repo} broke", f"{type(error).__name__}: {str(error)[:200]}",
+                        "run the same command again: it goes on from there") from error
     if not (folder / "config.json").is_file() or not _whole(folder):
-        raise UserError(f"`{repo}` has no safetensors weights", "pickled weights are not read", "choose another repository, or convert it with transformers' save_pretrained")
+        raise UserError(f"`{repo}` has no safetensors weights", "pickled weights are not read",
+                        "choose another repository, or convert it with transformers' save_pretrained")
     show.line(f"{repo}: {folder}")
     return folder

@@ -47,7 +47,8 @@ def read_header(path: Path) -> Header:
     if len(raw) < HEADER:
         raise _broken(path, f"the file has {size} bytes; the header alone has {HEADER}")
     if struct.unpack_from("<I", raw)[0] == VERSIONED:
-        raise UserError(f"{path} is a llama2.c file of a later version", "read is version 0 (legacy)", "export it with `python export.py model.bin --version 0 ...`")
+        raise UserError(f"{path} is a llama2.c file of a later version", "read is version 0 (legacy)",
+                        "export it with `python export.py model.bin --version 0 ...`")
     values = dict(zip(FIELDS, struct.unpack("<7i", raw)))
     tied, values["vocab"] = values["vocab"] > 0, abs(values["vocab"])
     if min(values.values()) < 1 or values["dim"] % values["heads"] or values["heads"] % values["kv_heads"] or values["dim"] // values["heads"] % 2:

@@ -70,7 +70,8 @@ def shards(path: Path) -> dict[str, tuple[Path, Entry]]:
     every = files(path)
     missing = [file.name for file in every if not file.is_file()]
     if missing:
-        raise UserError(f"{path}: {len(missing)} of {len(every)} weight files are missing", f"{INDEX} names {', '.join(missing[:3])}", "download the model again")
+        raise UserError(f"{path}: {len(missing)} of {len(every)} weight files are missing", f"{INDEX} names {', '.join(missing[:3])}",
+                        "download the model again")
     weight_map = _weight_map(path / INDEX)
     headers = {file.name: read_header(file) for file in every}
     lost = [f"{name} (in {file})" for name, file in weight_map.items() if name not in headers[file]]

@@ -1,0 +1,5 @@
+"""`python -m lilliput` is the command `lilliput`."""
+
+from lilliput.cli.main import run
+
+run()
