@@ -117,7 +117,8 @@ def main() -> None:
         folder = Path(name)
         data = text_file(folder)
         for round_number in range(arguments.rounds):
-            pairs.append((ours(data, folder / f"ours-{round_number}", arguments.steps, arguments.preset), theirs(vocab, folder / "theirs", arguments.steps, arguments.preset)))
+            first = ours(data, folder / f"ours-{round_number}", arguments.steps, arguments.preset)
+            pairs.append((first, theirs(vocab, folder / "theirs", arguments.steps, arguments.preset)))
     tokens = SEQUENCE * SEQUENCES
     a, b = (statistics.median(p[i] for p in pairs) for i in (0, 1))
     flops = 3 * facts(sizes.PRESETS[arguments.preset]).flops(tokens, SEQUENCE)
@@ -129,7 +130,8 @@ def main() -> None:
     ]
     show.table(rows, ("side", "tokens/s", "share of the fp32 peak"), f"{arguments.preset}: {SEQUENCES} x {SEQUENCE} tokens a step, {threads} threads")
     ratio = statistics.median(t / o for o, t in pairs)
-    show.line(f"ratio {ratio:.2f} (median of {len(pairs)} pairs: {', '.join(f'{t / o:.2f}' for o, t in pairs)}); peak {top / 1e9:.0f} GFLOP/s; load {os.getloadavg()[0]:.1f}")
+    each = ", ".join(f"{t / o:.2f}" for o, t in pairs)
+    show.line(f"ratio {ratio:.2f} (median of {len(pairs)} pairs: {each}); peak {top / 1e9:.0f} GFLOP/s; load {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":

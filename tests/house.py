@@ -109,7 +109,7 @@ def floors(root: Path) -> list[str]:
 def _package(module: str) -> str:
     """The package on a floor; the root module itself is the public names (api)."""
     parts = module.split(".")
-    return parts[1] if len(parts) > 1 else "api"
+    return {"__main__": "cli"}.get(parts[1], parts[1]) if len(parts) > 1 else "api"
 
 
 def cycles(root: Path) -> list[str]:

@@ -18,7 +18,16 @@ from lilliput.parallel.rig import Rig, assemble
 ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
-def make_rig(rooms: Mapping[str, Any], spec: DecoderSpec | None = None, *, dtype: str = "fp32", dropout: float = 0.0, sequences: int = 2, tokens: int = 32, device: str = "cpu") -> Rig:
+def make_rig(
+    rooms: Mapping[str, Any],
+    spec: DecoderSpec | None = None,
+    *,
+    dtype: str = "fp32",
+    dropout: float = 0.0,
+    sequences: int = 2,
+    tokens: int = 32,
+    device: str = "cpu",
+) -> Rig:
     """A rig with fresh weights (seed 0)."""
     spec = spec or PRESETS["tiny"]
     with torch.device("meta"):

@@ -75,8 +75,9 @@ def test_greedy_is_what_greedy_decoding_writes() -> None:
     context = [1, 2, 3]
     for _ in range(3):
         context.append(int(model("llama")(torch.tensor([context]))[0, -1].argmax()))
-    right, wrong = Pair((1, 2, 3), tuple(context[3:])), Pair((1, 2, 3), (*context[3:5], (context[5] + 1) % 1024))
-    assert [one.greedy for one in score(model("llama"), [[right, wrong]], 1)[0]] == [True, False]
+    right, late = Pair((1, 2, 3), tuple(context[3:])), Pair((1, 2, 3), (*context[3:5], (context[5] + 1) % 1024))
+    early = Pair((1, 2, 3), ((context[3] + 1) % 1024, *context[4:]))
+    assert [one.greedy for one in score(model("llama"), [[early, late, right]], 1)[0]] == [False, False, True]
 
 
 def test_long_contexts_lose_their_oldest_tokens() -> None:

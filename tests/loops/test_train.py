@@ -60,7 +60,8 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 def spawn(text: Path, out: Path, *more: str) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "lilliput", "train", *words(text), *more, "--out", str(out)], env=environment, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "lilliput", "train", *words(text), *more, "--out", str(out)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:

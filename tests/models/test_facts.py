@@ -64,7 +64,8 @@ def test_chain_layout_and_linears_name_real_modules(name: str) -> None:
     model = Decoder(SPECS[name])
     stated = model.facts
     assert [part.split(".")[0] for part in stated.chain] == [n for n, _ in model.named_children() if "dropout" not in n]
-    inside = {n.replace("layers.0.", "layers.*.") for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, Linear) and n.startswith("layers.0.")}
+    first = {n: m for n, m in model.layers.named_modules(prefix="layers") if n.startswith("layers.0.")}
+    inside = {n.replace("layers.0.", "layers.*.") for n, m in first.items() if isinstance(m, Linear)}
     assert set(stated.linears) == inside
     assert set(stated.layout) == inside | {"embed", "head"}
     assert stated.layout["layers.*.attn.o_proj"] == stated.layout["layers.*.mlp.down_proj"] == "row" and stated.layout["layers.*.attn.k_proj"] == "col"

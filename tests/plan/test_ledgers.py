@@ -130,6 +130,19 @@ def test_measured_bytes(preset: str, micros: int, dtype: str) -> None:
     assert ledger.peak()[0] - static == pytest.approx(meter.peak, rel=0.10)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_measured_bytes_of_the_update(dtype: str) -> None:
+    spec = replace(PRESETS["llama-3m"], context=256)
+    rig = make_rig({}, spec, dtype=dtype)
+    ledger = training_ledger(rig.facts, rig.site, {}, dtype)
+    (micro,) = random_batch(spec.vocab, micros=1)
+    rig.objective(rig.model, micro)[0].backward()
+    gradients = [p.grad for p in rig.trainable().values()]
+    with Meter(known=[*rig.model.parameters(), *gradients, *rig.optimizer.state().values()]) as meter:
+        rig.update(rig, 1e-3)
+    assert ledger.bytes("transient.one tensor updated") == pytest.approx(meter.peak, rel=0.02, abs=2000)
+
+
 def test_every_registered_room_keeps_the_ledger_whole() -> None:
     tiny = facts(PRESETS["tiny"])
     for name in registry.names("train"):

@@ -44,6 +44,8 @@ def test_auto_of_a_step_that_is_no_whole_number_of_sequences_is_one() -> None:
 def test_the_nearest_fix_leaves_the_numbers_alone() -> None:
     found = fixes(trial(10, sequences=16))
     assert found[0].words.startswith("train.micro_batch=") and found[0].fits
+    chosen = int(found[0].words.removeprefix("train.micro_batch="))
+    assert replace(trial(10), sequences=chosen).fix().fits and not replace(trial(10), sequences=2 * chosen).fix().fits, "the largest that fits"
     assert all(a.fits >= b.fits for a, b in itertools.pairwise(found)), "fitting ones first"
 
 

@@ -11,9 +11,9 @@ import torch
 from rigs import make_rig, random_batch
 
 from lilliput.base.errors import UserError
+from lilliput.data.tokenizer import Tokenizer
 from lilliput.models.checkpoints import save_model
 from lilliput.models.sizes import PRESETS
-from lilliput.data.tokenizer import Tokenizer
 from lilliput.train.lora import Lora, adapted, merge, unmerge
 
 FAMILIES = {

@@ -144,14 +144,14 @@ def _forward(model: Decoder, rows: Sequence[_Row]) -> list[list[Score]]:
 
 
 def _branches(positions_BT: Tensor, branches_BT: Tensor) -> Attend:
-    """Attention in which a token sees the shared tokens and its own branch, up to itself; padding sees only padding."""
+    """Attention in which a token sees the shared tokens and its own branch, up to itself. Nothing looks at padding."""
     import torch
 
     from lilliput.ops.attention import attend
 
     mine, theirs = branches_BT[:, None, :, None], branches_BT[:, None, None, :]
     behind = positions_BT[:, None, :, None] - positions_BT[:, None, None, :]
-    seen = ((theirs == mine) | ((theirs == 0) & (mine > 0))) & (behind >= 0)
+    seen = ((theirs == mine) | (theirs == 0)) & (behind >= 0)
     masks: dict[int | None, Tensor] = {}
 
     def see(layer: int, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, window: int | None) -> Tensor:

@@ -185,7 +185,8 @@ class _Loop:
             self.run.note_environment()
             return
         step, saved = checkpoint.identity(folder)
-        changed = [f"{k}: {saved.get(k, 'unset')} -> {self.identity.get(k, 'unset')}" for k in sorted({*saved, *self.identity}) if saved.get(k) != self.identity.get(k)]
+        differ = [k for k in sorted({*saved, *self.identity}) if saved.get(k) != self.identity.get(k)]
+        changed = [f"{k}: {saved.get(k, 'unset')} -> {self.identity.get(k, 'unset')}" for k in differ]
         if changed:
             raise UserError(f"{self.run.folder} holds another run", "; ".join(changed[:5]), "choose another out folder, or take the change back")
         self.stream.restore(checkpoint.restore(folder, self.rig))

@@ -28,6 +28,7 @@ from lilliput.models.spec import DecoderSpec
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+    from torch.nn import Module
 
     from lilliput.data.tokenizer import Tokenizer
     from lilliput.models.decoder import Decoder
@@ -130,11 +131,19 @@ def materialise(model: Decoder, checkpoint: Checkpoint, dtype: str = "fp32", dev
     if differ:
         why = f"`{differ[0]}`: the model has {ours.get(differ[0], 'none')}, the checkpoint {theirs.get(differ[0], 'none')}; {len(differ)} parameters differ"
         raise UserError(f"{checkpoint.path} is a checkpoint of another model", why, "name the model that it was saved from")
+    fill(model, lambda name, shape: checkpoint.read(name).to(device=device, dtype=getattr(torch, STORED[dtype][0])))
+    return model
+
+
+def fill(model: Module, value: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+    """Give every meta parameter its storage: value(name, shape), asked for one at a time, so the peak is the model plus one tensor."""
+    from torch.nn import Parameter
+
     for path, module in model.named_modules():
         for leaf, meta in list(module.named_parameters(recurse=False)):
-            value = checkpoint.read(f"{path}.{leaf}").to(device=device, dtype=getattr(torch, STORED[dtype][0])).contiguous()
-            setattr(module, leaf, torch.nn.Parameter(value, requires_grad=meta.requires_grad))
-    return model
+            if meta.is_meta:
+                name = f"{path}.{leaf}" if path else leaf
+                setattr(module, leaf, Parameter(value(name, tuple(meta.shape)).contiguous(), requires_grad=meta.requires_grad))
 
 
 def save_model(folder: str | Path, read: Callable[[str], Tensor], spec: DecoderSpec, tokenizer: Tokenizer, *, dtype: str = "fp32",

@@ -21,10 +21,9 @@ from lilliput.base.errors import UserError
 from lilliput.base.facts import Facts
 from lilliput.base.protocols import Phase, Site, Strategy
 from lilliput.data.batch import IGNORE, MicroBatch
+from lilliput.models.checkpoints import STORED, fill
 from lilliput.ops.dropout import Counter
 from lilliput.parallel.optimizer import AdamW
-
-STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -191,14 +190,11 @@ def assemble(
     return rig
 
 
-@torch.no_grad()
 def materialise(rig: Rig) -> None:
-    """Give every meta parameter its storage and value, one tensor at a time, so the peak is the model plus one tensor."""
-    for path, module in rig.model.named_modules():
-        for leaf, meta in list(module.named_parameters(recurse=False)):
-            if meta.device.type != "meta":
-                continue
-            name = f"{path}.{leaf}" if path else leaf
-            source = [make for pattern, make in rig.init if fnmatch.fnmatchcase(name, pattern)][-1]
-            value = source(name, tuple(meta.shape), rig.seed).to(device=rig.device, dtype=STORED[rig.home(name).codec])
-            setattr(module, leaf, nn.Parameter(value.contiguous(), requires_grad=meta.requires_grad))
+    """Give every parameter the value of the last `init` that matches its name, stored as its home says."""
+
+    def value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        source = [make for pattern, make in rig.init if fnmatch.fnmatchcase(name, pattern)][-1]
+        return source(name, shape, rig.seed).to(device=rig.device, dtype=getattr(torch, STORED[rig.home(name).codec][0]))
+
+    fill(rig.model, value)

@@ -126,7 +126,8 @@ class Lora(Section):
                 path, _, leaf = name.partition(".deltas.lora.")
                 if path not in given or tuple(given[path][leaf == "b"].shape) != shape:
                     found = tuple(given[path][leaf == "b"].shape) if path in given else "nothing"
-                    raise UserError(f"adapter {self.adapter} does not fit", f"{path}: needs {leaf.upper()} {list(shape)}, has {found}", "set lora.rank and lora.targets as it was made")
+                    why = f"{path}: needs {leaf.upper()} {list(shape)}, has {found}"
+                    raise UserError(f"adapter {self.adapter} does not fit", why, "set lora.rank and lora.targets as it was made")
                 return given[path][leaf == "b"]
             if name.endswith(".b"):
                 return torch.zeros(shape)
