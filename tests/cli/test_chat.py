@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -132,6 +133,17 @@ def test_dry_run_plans_one_conversation(folder: Path, capsys: pytest.CaptureFixt
     assert kv["bytes"] == 2 * 2 * 1 * 16 * 4 * CONTEXT
 
 
+def test_ctrl_c_is_noted_and_the_second_one_interrupts() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), verb.interruptions() as seen:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert seen == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 class Terminal:
     """A child with a terminal of its own; `\\x03` written to it is Ctrl-C."""
 
@@ -172,7 +184,7 @@ def terminal(folder: Path, tmp_path: Path) -> Iterator[Terminal]:
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal, tmp_path: Path) -> None:
-    terminal.wait_for("Ctrl-C stops an answer")
+    terminal.wait_for("Ctrl-C stops an answer (twice: leaves), /help")
     terminal.wait_for("> ")
     terminal.write("tell me a long story\n")
     terminal.wait_for("story\r\n")

@@ -19,7 +19,11 @@ from lilliput.data.tokenizer import Tokenizer
 from lilliput.loops.evaluate import Perplexity, evaluate, open_tasks, perplexity, read_text, rows, spans, to_dict
 from lilliput.models.load import load_model
 
-WINO = {"instruction": "Please choose the correct answer to fill in the blank to complete the given sentence: Ann met Bo, so _ said hi.\n\nOption1: Ann Option2: Bo Answer format: option1/option2", "answer": "option2"}
+WINO = {
+    "instruction": "Please choose the correct answer to fill in the blank to complete the given sentence: Ann met Bo, so _ said hi.\n\n"
+    "Option1: Ann Option2: Bo Answer format: option1/option2",
+    "answer": "option2",
+}
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,12 @@ def test_generations_stop_and_keep_their_order(tiny, harness) -> None:  # type: 
 
     model, tokenizer = tiny
     lm, long = harness_model(model, tokenizer), "KING. " * 400
-    asked = [("ROMEO.", {"until": ["\n"], "max_gen_toks": 12}), ("JULIET.", {"until": [], "max_gen_toks": 5}), ("HAMLET.", {"until": ["\n"], "max_gen_toks": 12}), (long, {"max_gen_toks": 3})]
+    asked = [
+        ("ROMEO.", {"until": ["\n"], "max_gen_toks": 12}),
+        ("JULIET.", {"until": [], "max_gen_toks": 5}),
+        ("HAMLET.", {"until": ["\n"], "max_gen_toks": 12}),
+        (long, {"max_gen_toks": 3}),
+    ]
     found = lm.generate_until([request(*one) for one in asked])
     engine = Engine(model, tokenizer)
     for (prompt, how), text in zip(asked[:3], found):
@@ -79,7 +84,11 @@ def test_the_harness_gives_our_figures(tiny, harness, tmp_path: Path) -> None:  
     pytest.importorskip("datasets", reason="the harness reads task files through `datasets`")
     speeches = ["KING.", "QUEEN.", "What is", "Come, my lord,", "Good night", "To be", "Fear not", "Go hence", "He is", "Now is"]
     records = [
-        {"instruction": f"Please choose the correct answer to the question: {s}\n\nAnswer1: love Answer2: the king of England Answer3: a sword\n\nAnswer format: answer1/answer2/answer3", "answer": f"answer{i % 3 + 1}"}
+        {
+            "instruction": f"Please choose the correct answer to the question: {s}\n\n"
+            "Answer1: love Answer2: the king of England Answer3: a sword\n\nAnswer format: answer1/answer2/answer3",
+            "answer": f"answer{i % 3 + 1}",
+        }
         for i, s in enumerate(speeches)
     ]
     (tmp_path / "arc_easy.json").write_text(json.dumps(records))
@@ -88,8 +97,9 @@ def test_the_harness_gives_our_figures(tiny, harness, tmp_path: Path) -> None:  
     rows = [{"text": q.choices[0][0], "options": [option[1:] for _, option in q.choices], "label": q.answer} for q in questions]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "task.yaml").write_text(
-        f"task: here\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path / 'rows.jsonl'}\n  cache_dir: {tmp_path / 'cache'}\ntest_split: test\n"
-        'output_type: multiple_choice\ndoc_to_text: "{{text}}"\ndoc_to_target: label\ndoc_to_choice: "{{options}}"\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n'
+        "task: here\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {tmp_path / 'rows.jsonl'}\n  cache_dir: {tmp_path / 'cache'}\n"
+        'doc_to_text: "{{text}}"\ndoc_to_target: label\ndoc_to_choice: "{{options}}"\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n'
     )
     theirs = run_harness(*tiny, ["here"], include_path=tmp_path)["results"]["here"]
     for figure, (value, error) in ours.items():

@@ -14,13 +14,25 @@ from lilliput.loops.tasks import TASKS, Question, find_file, judge, read_questio
 from lilliput.models.load import load_model
 
 ARC = {
-    "instruction": "Please choose the correct answer to the question: What do plants need: light or Answer1?\n\nAnswer1: Light. Answer2: a stone Answer3: Sand, wet \n\nAnswer format: answer1/answer2/answer3",
+    "instruction": "Please choose the correct answer to the question: What do plants need: light or Answer1?\n\n"
+    "Answer1: Light. Answer2: a stone Answer3: Sand, wet \n\nAnswer format: answer1/answer2/answer3",
     "input": "", "output": "the correct answer is answer2", "answer": "answer2",
 }  # fmt: skip
-PIQA = {"instruction": "Please choose the correct solution to the question: dresser\n\nSolution1: replace drawer \n\nSolution2: finish, woodgrain\n\nAnswer format: solution1/solution2", "answer": "solution1"}
-BOOLQ = {"instruction": "Please answer the following question with true or false, question: is a question: hard?\n\nAnswer format: true/false", "answer": "true"}
-WINO = {"instruction": "Please choose the correct answer to fill in the blank to complete the given sentence: Ann met Bo, so _ said hi.\n\nOption1: Ann Option2: Bo Answer format: option1/option2", "answer": "option2"}
-LAMBADA = {"text": "He said:\n\n\"I like the Signs"}
+PIQA = {
+    "instruction": "Please choose the correct solution to the question: dresser\n\n"
+    "Solution1: replace drawer \n\nSolution2: finish, woodgrain\n\nAnswer format: solution1/solution2",
+    "answer": "solution1",
+}
+BOOLQ = {
+    "instruction": "Please answer the following question with true or false, question: is a question: hard?\n\nAnswer format: true/false",
+    "answer": "true",
+}
+WINO = {
+    "instruction": "Please choose the correct answer to fill in the blank to complete the given sentence: Ann met Bo, so _ said hi.\n\n"
+    "Option1: Ann Option2: Bo Answer format: option1/option2",
+    "answer": "option2",
+}
+LAMBADA = {"text": 'He said:\n\n"I like the Signs'}
 
 
 def write(path: Path, records: list[dict], lines: bool = False) -> Path:
@@ -31,7 +43,11 @@ def write(path: Path, records: list[dict], lines: bool = False) -> Path:
 @pytest.mark.parametrize(
     ("task", "record", "question"),
     [
-        ("arc_easy", ARC, Question(tuple(("Question: What do plants need: light or Answer1?\nAnswer:", f" {o}") for o in ("Light.", "a stone", "Sand, wet")), 1, (6, 7, 9))),
+        (
+            "arc_easy",
+            ARC,
+            Question(tuple(("Question: What do plants need: light or Answer1?\nAnswer:", f" {o}") for o in ("Light.", "a stone", "Sand, wet")), 1, (6, 7, 9)),
+        ),
         ("openbookqa", ARC, Question(tuple(("What do plants need: light or Answer1?", f" {o}") for o in ("Light.", "a stone", "Sand, wet")), 1, (6, 7, 9))),
         ("piqa", PIQA, Question(tuple(("Question: dresser\nAnswer:", f" {o}") for o in ("replace drawer", "finish, woodgrain")), 0, (14, 17))),
         ("boolq", BOOLQ, Question(tuple(("Question: is a question: hard?\nAnswer:", o) for o in (" no", " yes")), 1)),
@@ -47,7 +63,11 @@ def test_prompts(tmp_path: Path, task: str, record: dict, question: Question) ->
 @pytest.mark.parametrize(
     ("task", "record", "words"),
     [
-        ("arc_easy", {"question": "why?", "choices": ["a", "b"], "answerKey": "A"}, "no text under instruction, answer; keys that came: answerKey, choices, question"),
+        (
+            "arc_easy",
+            {"question": "why?", "choices": ["a", "b"], "answerKey": "A"},
+            "no text under instruction, answer; keys that came: answerKey, choices, question",
+        ),
         ("arc_easy", {**ARC, "answer": "answer4"}, "keys that came: answer, input, instruction, output"),
         ("arc_easy", {**ARC, "instruction": ARC["instruction"].replace("Answer2:", "Answer7:")}, "Please choose the correct answer"),
         ("arc_easy", {**ARC, "answer": 2}, "no text under answer"),
@@ -114,7 +134,9 @@ def test_a_task_from_file_to_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize(("task", "count", "right"), [("arc_easy", 2376, 596), ("piqa", 1838, 910), ("boolq", 3270, 1237), ("winogrande", 1267, 628), ("openbookqa", 500, 138)])
+@pytest.mark.parametrize(
+    ("task", "count", "right"), [("arc_easy", 2376, 596), ("piqa", 1838, 910), ("boolq", 3270, 1237), ("winogrande", 1267, 628), ("openbookqa", 500, 138)]
+)
 def test_real_files_are_read_whole(shared_data: Path, task: str, count: int, right: int) -> None:
     questions = read_questions(task, shared_data / "llm-adapters-mc")
     assert len(questions) == count and sum(q.answer == 0 for q in questions) == right

@@ -46,7 +46,9 @@ def test_seconds_by_hand() -> None:
 
 
 def test_verdict_has_numbers_and_a_fix_to_paste() -> None:
-    estimate = estimate_training(Job.load(None, ["data.sequence=1024", "train.tokens_per_step=8192", "train.micro_batch=8"]), facts(PRESETS["gpt2"]), machine(10))
+    estimate = estimate_training(
+        Job.load(None, ["data.sequence=1024", "train.tokens_per_step=8192", "train.micro_batch=8"]), facts(PRESETS["gpt2"]), machine(10)
+    )
     assert not estimate.fits
     what, why, fix = estimate.verdict()
     assert "does not fit" in what and "GiB" in why and "box" in why and "biggest: " in why and fix.startswith("train.micro_batch=")

@@ -32,7 +32,9 @@ def test_three_sentences_when_it_fits() -> None:
     estimate = gpt2(64)
     verdict, big, rest = report.sentences(estimate)
     assert verdict.startswith("Fits: ") and "GiB" in verdict
-    assert [name for name, _ in estimate.biggest] == [part.rsplit(" ", 2)[0] for part in big.removeprefix("Biggest at the peak: ").rstrip(".").split(", ")[:1]] + [n for n, _ in estimate.biggest[1:]]
+    assert [name for name, _ in estimate.biggest] == [
+        part.rsplit(" ", 2)[0] for part in big.removeprefix("Biggest at the peak: ").rstrip(".").split(", ")[:1]
+    ] + [n for n, _ in estimate.biggest[1:]]
     assert "1 x 8 sequences of 1024 tokens" in rest and "at least" in rest and "estimate" in rest
 
 

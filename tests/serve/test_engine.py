@@ -15,6 +15,7 @@ from lilliput.models.families import from_canonical, hf_from_spec
 from lilliput.models.spec import DecoderSpec, Rope
 from lilliput.serve.engine import Engine
 from lilliput.serve.request import Sampling
+from lilliput.serve.scheduler import Chunk
 
 LAYERNORM = dict(norm="layer", positions="learned", qkv_bias=True, o_bias=True, mlp_bias=True, tied=True)
 SPECS = {
@@ -155,6 +156,48 @@ def test_cancel_frees_the_blocks_at_once() -> None:
     assert [d.id for d in deltas[2:]] == [second]
     assert len(finish(engine)[second]) == 49
     assert engine.pool.free_count == engine.pool.total and not engine.cancel(second)
+
+
+class Dice:
+    """A runner without a model: logits that depend on the chunk alone."""
+
+    def forward(self, sequences: list[tuple[Chunk, list[int]]]) -> torch.Tensor:
+        rows = [torch.randn(259, generator=torch.Generator().manual_seed(1000 * chunk.id + chunk.stop)) for chunk, _ in sequences if chunk.samples]
+        return torch.stack(rows) if rows else torch.empty(0, 259)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_arrivals_streams_and_cancels_leave_no_block(seed: int) -> None:
+    """400 random operations: each request's deltas end with exactly one reason, and nothing is left at the end."""
+    draw = random.Random(seed)
+    engine = engine_of(model_of("llama"), kv_tokens=320, max_batch_tokens=draw.choice([3, 16, 64]))
+    engine.runner = Dice()
+    streams, reasons, added = [], {}, set()
+    for _ in range(400):
+        act = draw.choice(["add", "stream", "cancel", "step", "step", "pull", "pull", "close"])
+        how = Sampling(draw.randrange(1, 30), draw.choice([0.0, 1.0]), seed=draw.randrange(99), ignore_eos=draw.random() < 0.5, stop=draw.choice([(), ("a",), ("bc",)]))
+        prompt = [draw.randrange(256) for _ in range(draw.randrange(1, 60))]
+        if act == "add":
+            added.add(engine.add(prompt, how))
+        elif act == "stream":
+            streams.append(engine.stream(prompt, how))
+        elif act == "cancel" and engine._requests:
+            assert engine.cancel(draw.choice(list(engine._requests)))
+        elif act == "step":
+            reasons |= {d.id: [*reasons.get(d.id, []), d.finish_reason] for d in engine.step() if d.finish_reason}
+        elif act == "pull" and streams:
+            next(draw.choice(streams), None)
+        elif act == "close" and streams:
+            streams.pop(draw.randrange(len(streams))).close()
+        owned = [block for seq in engine.scheduler.running for block in seq.table]
+        assert len(set(owned)) == len(owned) == engine.pool.total - engine.pool.free_count
+    for stream in streams:
+        stream.close()
+    while engine.busy:
+        reasons |= {d.id: [*reasons.get(d.id, []), d.finish_reason] for d in engine.step() if d.finish_reason}
+    assert reasons.keys() == added and all(len(r) == 1 for r in reasons.values())
+    assert {r for (r,) in reasons.values()} >= {"length", "cancelled"}
+    assert engine.pool.free_count == engine.pool.total and not engine._inboxes and not engine._requests
 
 
 def test_streams_interleave_and_closing_one_stops_it() -> None:

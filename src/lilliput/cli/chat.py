@@ -1,7 +1,8 @@
 """`lilliput chat`: one question, a pipe, or a conversation in the terminal, on the serving engine.
 
 Ctrl-C stops the answer and not the program: a handler leaves a flag, the loop sees it after the step it is in (at most
-max_batch_tokens tokens), and the request is cancelled. What was said so far stays in the conversation.
+max_batch_tokens tokens), and the request is cancelled. What was said so far stays in the conversation. A second Ctrl-C
+before that ends the program.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from lilliput.serve.engine import Engine
     from lilliput.serve.request import Sampling
 
-HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help shows this"
+HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer (twice: leaves), /help shows this"
 
 
 @common.verb
@@ -216,10 +217,12 @@ def _turn(talk: Talk, question: str, show: Show) -> None:
 
 @contextmanager
 def interruptions() -> Iterator[list[int]]:
-    """Within, Ctrl-C raises nothing and appends to the list that this gives."""
+    """Within, Ctrl-C appends to the list that this gives; a second one, for a step that takes too long, raises KeyboardInterrupt."""
     seen: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
+        if seen:
+            raise KeyboardInterrupt
         seen.append(number)
 
     before = signal.signal(signal.SIGINT, note)

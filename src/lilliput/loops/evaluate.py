@@ -139,7 +139,11 @@ def open_tasks(settings: Eval) -> Opened:
     if not names:
         raise UserError("no task was named", fix=f"eval.tasks={known[0]}")
     if not settings.path:
-        raise UserError(f"nothing to measure {names[0]} on", "eval.path is empty", "eval.path=FILE (a text for perplexity, questions for tasks), or the folder that holds them")
+        raise UserError(
+            f"nothing to measure {names[0]} on",
+            "eval.path is empty",
+            "eval.path=FILE (a text for perplexity, questions for tasks), or the folder that holds them",
+        )
     text = read_text(settings.path) if "perplexity" in names else None
     files = {name: tasks.find_file(name, settings.path) for name in names if name != "perplexity"}
     return Opened(text, {name: (str(file), tasks.read_questions(name, file, settings.limit)) for name, file in files.items()})
@@ -163,7 +167,9 @@ def rows(results: Sequence[Perplexity | tasks.TaskResult]) -> list[dict[str, Any
     for result in results:
         if isinstance(result, Perplexity):
             windows = f"{result.windows} windows of {result.window}, stride {result.stride}, of {result.tokens:,} tokens"
-            found.append({"task": "perplexity", "figure": "perplexity", "value": result.perplexity, "error": "", "n": f"{result.scored:,} tokens", "on": windows})
+            found.append(
+                {"task": "perplexity", "figure": "perplexity", "value": result.perplexity, "error": "", "n": f"{result.scored:,} tokens", "on": windows}
+            )
         else:
             for figure, (value, error) in result.metrics.items():
                 found.append({"task": result.task, "figure": figure, "value": value, "error": error, "n": f"{result.questions:,} questions", "on": result.file})

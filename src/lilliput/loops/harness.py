@@ -40,7 +40,9 @@ def run_harness(
     manager = TaskManager(include_path=str(include_path) or None)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
-        raise UserError(f"the harness has no task `{unknown[0]}`", f"it knows {len(manager.all_tasks)} tasks", "lm-eval ls tasks, or include_path=FOLDER with its yaml")
+        raise UserError(
+            f"the harness has no task `{unknown[0]}`", f"it knows {len(manager.all_tasks)} tasks", "lm-eval ls tasks, or include_path=FOLDER with its yaml"
+        )
     return lm_eval.simple_evaluate(harness_model(model, tokenizer, batch=batch, show=show), tasks=list(tasks), limit=limit or None, task_manager=manager)
 
 

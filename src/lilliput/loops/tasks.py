@@ -174,7 +174,9 @@ def run_task(model: Decoder, tokenizer: Tokenizer, task: str, path: str | Path, 
     return judge(task, str(find_file(task, path)), questions, answer(model, tokenizer, questions, batch=batch, show=show, label=task))
 
 
-def answer(model: Decoder, tokenizer: Tokenizer, questions: Sequence[Question], *, batch: int = 4, show: Show | None = None, label: str = "questions") -> list[list[Score]]:
+def answer(
+    model: Decoder, tokenizer: Tokenizer, questions: Sequence[Question], *, batch: int = 4, show: Show | None = None, label: str = "questions"
+) -> list[list[Score]]:
     """The score of every choice of every question."""
     groups: list[list[Pair]] = [[encode_pair(tokenizer, *choice) for choice in question.choices] for question in questions]
     if show is None:

@@ -143,7 +143,9 @@ def estimate_training(job: Job, facts: Facts, hardware: Hardware) -> Estimate:
     UserError when the job's device is not there or the model cannot be planned. Not fitting is an answer, not an error.
     """
     given, reason = job.train.micro_batch, ""
-    trial = Trial(facts, hardware.select(job.top.device), job.train.tokens_per_step, given if isinstance(given, int) else 1, job.data.sequence, job.top.dtype, job.rooms)
+    trial = Trial(
+        facts, hardware.select(job.top.device), job.train.tokens_per_step, given if isinstance(given, int) else 1, job.data.sequence, job.top.dtype, job.rooms
+    )
     if given == "auto":
         trial, reason = largest_micro_batch(trial)
     ledger = training_ledger(facts, trial.site, trial.rooms, trial.dtype, trial.micro_batches)

@@ -69,7 +69,10 @@ def serving_ledger(facts: Facts, site: Site, batch_tokens: int) -> Ledger:
     return Ledger(
         {
             "parameters": Term(facts.parameters * site.element, traffic=float(facts.parameters * site.element)),
-            "kv": Term(facts.kv.bytes_per_token(computed) * site.sequences * site.tokens, traffic=float(facts.kv.bytes_per_token(computed) * site.sequences * site.tokens)),
+            "kv": Term(
+                facts.kv.bytes_per_token(computed) * site.sequences * site.tokens,
+                traffic=float(facts.kv.bytes_per_token(computed) * site.sequences * site.tokens),
+            ),
             "activations.one block": Term(block, moments=("forward",)),
             "activations.logits": Term(2 * site.sequences * facts.vocab * 4, moments=("forward",)),
             "forward": Term(flops=site.sequences * facts.flops(1, site.tokens)),
@@ -144,7 +147,9 @@ def _gradients(ledger: Ledger, facts: Facts, trained: float, element: int, micro
         early = facts.chain[: facts.chain.index("layers.*")] if "layers.*" in facts.chain else ()
         absent += each * _count(facts, lambda name: name.split(".")[0] in early) + min(inside, sum(t.bytes for t in held))
     last = max(2 * tied * each, trained * ROUNDING * _largest(facts) if element < 4 else 0)
-    return ledger.put(**{"gradients not yet": Term(-round(absent), moments=("backward",)), "transient.one tensor updated": Term(round(last), moments=("update",))})
+    return ledger.put(
+        **{"gradients not yet": Term(-round(absent), moments=("backward",)), "transient.one tensor updated": Term(round(last), moments=("update",))}
+    )
 
 
 def _count(facts: Facts, wanted: Callable[[str], bool]) -> int:

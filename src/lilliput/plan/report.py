@@ -18,7 +18,14 @@ def rows(estimate: Estimate | ServingEstimate) -> list[dict[str, Any]]:
     top = max(estimate.peak, 1)
     return [
         *(_row(name, term, estimate, top) for name, term in sorted(terms, key=lambda pair: -pair[1].bytes)),
-        {"term": "PEAK", "bytes": size(estimate.peak), "share": _share(estimate.peak, estimate), "bar": _bar(estimate.peak, top), "alive": estimate.moment, "tier": "device"},
+        {
+            "term": "PEAK",
+            "bytes": size(estimate.peak),
+            "share": _share(estimate.peak, estimate),
+            "bar": _bar(estimate.peak, top),
+            "alive": estimate.moment,
+            "tier": "device",
+        },
     ]
 
 
@@ -68,7 +75,8 @@ def _serving(estimate: ServingEstimate) -> str:
     site = estimate.site
     speed = estimate.tokens_per_second
     rate = f"; at most {speed:,.0f} new tokens/s (an estimate at the device's peak rates)" if speed else ""
-    return f"{site.sequences} x {site.tokens:,} tokens of context asked; room for {estimate.max_context:,} tokens each, or for {estimate.max_sequences:,} sequences of {site.tokens:,}{rate}."
+    room = f"room for {estimate.max_context:,} tokens each, or for {estimate.max_sequences:,} sequences of {site.tokens:,}"
+    return f"{site.sequences} x {site.tokens:,} tokens of context asked; {room}{rate}."
 
 
 def _row(name: str, term: Term, estimate: Estimate | ServingEstimate, top: int) -> dict[str, Any]:

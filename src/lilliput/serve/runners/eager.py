@@ -11,8 +11,8 @@ which is a quarter of a small model's weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,13 +22,7 @@ from lilliput.ops.attention import attend
 from lilliput.serve.blocks import BLOCK, consecutive, slots
 from lilliput.serve.scheduler import Chunk
 
-
-@dataclass(frozen=True)
-class _Span:
-    """One sequence of a step: its rows in the packed batch, and where its keys lie."""
-
-    rows: slice
-    keys: slice | Tensor  # slots of all its tokens, the new ones included
+Cached = Callable[[int], tuple[Tensor, ...]]  # layer -> keys and values [1, G, S, D] of one sequence
 
 
 class Eager:
@@ -48,33 +42,28 @@ class Eager:
         """Chunks with the ids of their tokens -> logits fp32 [chunks that sample, vocab], in order. Writes the new keys and values."""
         tokens = [token for _, ids in sequences for token in ids]
         positions = [p for chunk, _ in sequences for p in range(chunk.start, chunk.stop)]
-        written = [slot for chunk, _ in sequences for slot in slots(chunk.table, chunk.start, chunk.stop)]
-        spans, sampled, row = [], [], 0
-        for chunk, ids in sequences:
-            spans.append(_Span(slice(row, row + len(ids)), self._keys(chunk)))
-            row += len(ids)
-            if chunk.samples:
-                sampled.append(row - 1)
-        new = self._tensor(written)
+        new = self._tensor([slot for chunk, _ in sequences for slot in slots(chunk.table, chunk.start, chunk.stop)])
+        rows = [len(ids) for _, ids in sequences]
+        sampled = [end - 1 for (chunk, _), end in zip(sequences, accumulate(rows)) if chunk.samples]
+        caches = [self._cached(chunk) for chunk, _ in sequences]
 
         def paged(layer: int, q_1HTD: Tensor, k_1GTD: Tensor, v_1GTD: Tensor, window: int | None) -> Tensor:
-            keys_GSD, values_GSD = self.store_2LGSD[0, layer], self.store_2LGSD[1, layer]
-            keys_GSD.index_copy_(1, new, k_1GTD[0])
-            values_GSD.index_copy_(1, new, v_1GTD[0])
-            outs = [
-                attend(q_1HTD[:, :, span.rows], keys_GSD[None, :, span.keys], values_GSD[None, :, span.keys], causal=True, window=window)
-                for span in spans
-            ]
-            return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+            self.store_2LGSD[0, layer].index_copy_(1, new, k_1GTD[0])
+            self.store_2LGSD[1, layer].index_copy_(1, new, v_1GTD[0])
+            queries = q_1HTD.split(rows, 2)
+            return torch.cat([attend(q, *cached(layer), causal=True, window=window) for q, cached in zip(queries, caches)], 2)
 
         h_1TC = self.model.hidden(self._tensor(tokens)[None], self._tensor(positions)[None], attend=paged)
         return self.model.head(h_1TC[0, self._tensor(sampled)])
 
-    def _keys(self, chunk: Chunk) -> slice | Tensor:
-        if consecutive(chunk.table):
-            first = chunk.table[0] * BLOCK
-            return slice(first, first + chunk.stop)
-        return self._tensor(slots(chunk.table, 0, chunk.stop))
+    def _cached(self, chunk: Chunk) -> Cached:
+        """How to read the cache of a sequence up to the chunk's end: views made once a step, or a gather in each layer."""
+        if not consecutive(chunk.table):
+            at = self._tensor(slots(chunk.table, 0, chunk.stop))
+            return lambda layer: self.store_2LGSD[:, layer, None].index_select(3, at).unbind(0)
+        first = chunk.table[0] * BLOCK
+        keys, values = (part.unbind(0) for part in self.store_2LGSD[:, :, None, :, first : first + chunk.stop])
+        return lambda layer: (keys[layer], values[layer])
 
     def _tensor(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self.device)
