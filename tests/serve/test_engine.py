@@ -175,7 +175,8 @@ def test_random_arrivals_streams_and_cancels_leave_no_block(seed: int) -> None:
     streams, reasons, added = [], {}, set()
     for _ in range(400):
         act = draw.choice(["add", "stream", "cancel", "step", "step", "pull", "pull", "close"])
-        how = Sampling(draw.randrange(1, 30), draw.choice([0.0, 1.0]), seed=draw.randrange(99), ignore_eos=draw.random() < 0.5, stop=draw.choice([(), ("a",), ("bc",)]))
+        stop, ignore_eos = draw.choice([(), ("a",), ("bc",)]), draw.random() < 0.5
+        how = Sampling(draw.randrange(1, 30), draw.choice([0.0, 1.0]), seed=draw.randrange(99), stop=stop, ignore_eos=ignore_eos)
         prompt = [draw.randrange(256) for _ in range(draw.randrange(1, 60))]
         if act == "add":
             added.add(engine.add(prompt, how))

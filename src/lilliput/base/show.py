@@ -183,7 +183,7 @@ def size(count: float) -> str:
     """Bytes in binary units with three digits: 512 B, 1.50 KiB, 27.1 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1023.5:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+            return f"{count:.0f} B" if unit == "B" else f"{count:.{3 if abs(count) < 999.5 else 4}g} {unit}"
         count /= 1024
     return f"{count:.3g} TiB"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import html.parser
 import http.client
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -122,7 +123,9 @@ def _pip(want: Archive, folder: Path, show: Show) -> Path:
         raise Unavailable("this Python has none")
     with _requirement(want) as file:
         options = ["--no-deps", "--require-hashes", "--only-binary", ":all:", "--no-cache-dir", "--no-input", "--disable-pip-version-check", "--retries", "1"]
-        command = [sys.executable, "-m", "pip", "download", *options, "--progress-bar", "raw", "-r", file, "-d", str(folder)]
+        major, minor = (int(part) for part in importlib.metadata.version("pip").split(".")[:2])
+        bar = "raw" if (major, minor) >= (24, 1) else "off"  # a venv of Python 3.11 begins with pip 23
+        command = [sys.executable, "-m", "pip", "download", *options, "--progress-bar", bar, "-r", file, "-d", str(folder)]
         _run(command, want, show)
     return folder / want.filename
 
