@@ -10,6 +10,8 @@ saving and evaluation off. Prints the share of the measured fp32 matrix-product 
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import logging
 import os
 import statistics
@@ -45,9 +47,7 @@ def ours(data: Path, folder: Path, steps: int, preset: str) -> float:
         data={"path": str(data), "tokenizer": "chars", "sequence": SEQUENCE},
         train={"init": "scratch", "steps": steps, "tokens_per_step": SEQUENCE * SEQUENCES, "micro_batch": MICRO, "eval_tokens": SEQUENCE, "save_every": 0},
     )
-    train(job, folder, Show(json=True))
-    import json
-
+    train(job, folder, Show(json=True, err=io.StringIO()))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return statistics.median([r["seconds"] for r in rows if "seconds" in r][2:])
 

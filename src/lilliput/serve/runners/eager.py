@@ -1,8 +1,9 @@
 """Eager runner: the plain PyTorch decoder over a paged cache. It is the oracle of every faster runner, and the CUDA path.
 
 The rows of all sequences are packed into one forward [1, T]: the linears see one matrix, whatever belongs to whom. In
-attention each sequence is alone with its keys. A loop over the sequences beats a padded batch, which would first copy
-every cache: reading 512 cached tokens of one SmolLM2 layer takes 39 us, and copying them for the padded batch 16 us more.
+attention each sequence is alone with its keys, in a loop: a padded batch would first copy every cache (for 512 tokens of
+one SmolLM2 layer 16 us beside the 39 us of the attention itself). For a few short sequences of equal length the padded
+batch is better: with 16 of 64 tokens transformers is 1 to 7 % faster, with one it is 1 % slower (2 cores, fp32).
 
 The cache is one array [2, layers, kv_heads, slots, head_dim], so a sequence in consecutive blocks is a slice of it and
 is never copied. One in scattered blocks is gathered, once a layer and step. Only rows that are sampled reach the head,
