@@ -226,6 +226,35 @@ def test_bad_input(more: dict[str, str], what: str, text: Path, tmp_path: Path) 
     assert caught.value.fix or caught.value.why
 
 
+def test_conversations_score_the_answers_alone(tmp_path: Path) -> None:
+    talk = [{"messages": [{"role": "user", "content": f"Who are you, {i}?"}, {"role": "assistant", "content": "A rope of Lilliput."}]} for i in range(40)]
+    path = tmp_path / "talk.jsonl"
+    path.write_text("\n".join(json.dumps(t) for t in talk))
+    result = run(path, tmp_path / "run", **{"model": "lilliput-tiny", "data.tokenizer": "auto", "train.init": "weights", "data.sequence": "64", "train.steps": "20"})
+    assert result.eval_after < 0.5 * result.eval_before
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < r["targets"] < 64 for r in rows if "targets" in r), "two conversations a step, only their answers are scored"
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [(b"", "empty"), (b"caf\xe9 \xff" * 9, "UTF-8"), (b'{"text": "a"}\n{"text": \n', "2"), (b'{"words": 1}\n', "words")],
+    ids=["empty", "not utf-8", "broken line", "unknown shape"],
+)
+def test_bad_data_is_said_before_torch_is_loaded(content: bytes, what: str, tmp_path: Path) -> None:
+    path = tmp_path / ("data.txt" if b"{" not in content else "data.jsonl")
+    path.write_bytes(content)
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom lilliput.base.errors import UserError\nfrom lilliput.base.job import Job\n"
+        "from lilliput.base.show import Show\nfrom lilliput.loops.train import train\n"
+        "try: train(Job.load(overrides=sys.argv[2:]), Path(sys.argv[1]), Show())\n"
+        "except UserError as error: print(error); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run"), *words(path)], capture_output=True, text=True, timeout=60)
+    said, _, loaded = done.stdout.strip().rpartition("\n")
+    assert what in said and loaded == "False", done.stdout + done.stderr
+
+
 def test_a_full_disk_is_said_and_nothing_is_half_written(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "lilliput", "train", *words(text), "--out", str(out)]

@@ -89,5 +89,5 @@ class Runner(Protocol):
     """Runs the model for the engine: token rows in, logits of the sampled rows out."""
 
     def forward(self, sequences: Sequence[Any]) -> Tensor:
-        """Logits [sequences, vocab] of the last scheduled token of each sequence."""
+        """Logits [chunks that sample, vocab] of the last token of each such chunk, in their order."""
         ...

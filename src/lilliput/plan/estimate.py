@@ -23,15 +23,11 @@ from lilliput.plan.search import Fix, Trial, fixes, largest_micro_batch
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """The predicted cost of a training job on one device."""
+class Fit:
+    """A ledger held against the device it is for; what both estimates below say."""
 
     ledger: Ledger
     site: Site
-    dtype: str
-    micro_batches: int  # of one optimizer step
-    reason: str = ""  # why this many sequences are in a micro-batch; empty when the job says how many
-    fixes: tuple[Fix, ...] = ()  # nearest first; none when it fits
 
     @property
     def device(self) -> DeviceSpec:
@@ -62,6 +58,16 @@ class Estimate:
     def biggest(self) -> list[tuple[str, int]]:
         """The three terms that weigh most at the peak."""
         return self.ledger.biggest(3)
+
+
+@dataclass(frozen=True)
+class Estimate(Fit):
+    """The predicted cost of a training job on one device."""
+
+    dtype: str
+    micro_batches: int  # of one optimizer step
+    reason: str = ""  # why this many sequences are in a micro-batch; empty when the job says how many
+    fixes: tuple[Fix, ...] = ()  # nearest first; none when it fits
 
     @property
     def step_flops(self) -> float:
@@ -91,43 +97,11 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class ServingEstimate:
-    """The predicted cost of serving on one device."""
+class ServingEstimate(Fit):
+    """The predicted cost of serving on one device; `site` has the sequences at a time and the tokens of each."""
 
-    ledger: Ledger
-    site: Site  # sequences at a time, tokens of each
     max_context: int  # longest context that fits with this many sequences, at most the model's; 0 when not even one token does
     max_sequences: int  # most sequences of this context that fit
-
-    @property
-    def device(self) -> DeviceSpec:
-        """The device that computes."""
-        return self.site.hardware.device
-
-    @property
-    def budget(self) -> int:
-        """Bytes it may use."""
-        return budget(self.device)
-
-    @property
-    def peak(self) -> int:
-        """Bytes at the worst moment."""
-        return self.ledger.peak()[0]
-
-    @property
-    def moment(self) -> Moment:
-        """The worst moment."""
-        return self.ledger.peak()[1]
-
-    @property
-    def fits(self) -> bool:
-        """Whether the peak is within the budget."""
-        return self.peak <= self.budget
-
-    @property
-    def biggest(self) -> list[tuple[str, int]]:
-        """The three terms that weigh most at the peak."""
-        return self.ledger.biggest(3)
 
     @property
     def tokens_per_second(self) -> float | None:
