@@ -186,6 +186,8 @@ def test_kill_minus_nine_twenty_times(text: Path, tmp_path: Path) -> None:
 def test_another_job_in_the_same_folder_is_refused_and_nothing_is_lost(text: Path, tmp_path: Path) -> None:
     run(text, tmp_path / "run")
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="holds another run"):  # a finished one as well
+        run(text, tmp_path / "run", **{"train.lr": "1e-4"})
     (tmp_path / "run" / "result.json").unlink()
     with pytest.raises(UserError, match="holds another run") as caught:
         run(text, tmp_path / "run", **{"train.lr": "1e-4"})

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -56,23 +56,36 @@ def train(job: Job, out: Path, show: Show) -> TrainResult:
     """Run a job, or go on with it, in the folder `out`. UserError before torch is loaded where the fault can be seen."""
     from lilliput.models.load import resolve_spec
 
-    started = time.monotonic()
     spec, source = resolve_spec(job.top.model)
     if source is None and job.train.init == "weights":
         raise UserError(f"`{job.top.model}` is a size without weights", fix="train.init=scratch")
     with records.Run(out) as run:
         finished = run.finished()
+        if finished:
+            refuse_changes(out, flat(Job.load(out / "job.toml")), flat(job))
         if finished and finished["steps"] >= job.train.steps:
             show.line(f"{out} is finished ({finished['steps']} steps); raise train.steps to go on, or choose another out folder")
             return TrainResult(**finished)
         loop = _Loop(job, run, show)
         loop.prepare(spec, source)
         loop.resume()
-        result = loop.run_steps(started)
+        result = loop.run_steps()
         if not result.interrupted:
             loop.export()
             run.finish(asdict(result))
         return result
+
+
+def flat(job: Job) -> dict[str, str]:
+    """key -> value as text, of every key whose change makes another run."""
+    return {k: str(v) for k, v in job.settings.flat().items() if k not in MAY_CHANGE and not k.startswith(("eval.", "generate."))}
+
+
+def refuse_changes(folder: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """UserError that names up to five keys in which the run of this folder differs from what is asked for."""
+    changed = [f"{k}: {saved.get(k, 'unset')} -> {now.get(k, 'unset')}" for k in sorted({*saved, *now}) if saved.get(k) != now.get(k)]
+    if changed:
+        raise UserError(f"{folder} holds another run", "; ".join(changed[:5]), "choose another out folder, or take the change back")
 
 
 class _Loop:
@@ -170,9 +183,7 @@ class _Loop:
         )  # fmt: skip
 
     def _identity(self, spec: DecoderSpec) -> dict[str, str]:
-        flat = self.job.settings.flat().items()
-        values = {k: str(v) for k, v in flat if k not in MAY_CHANGE and not k.startswith(("eval.", "generate."))}
-        return {**values, "model": format(key(repr(spec)), "x"), "tokenizer": self.tokenizer.digest(), "micro_batch": str(self.micro)}
+        return {**flat(self.job), "model": format(key(repr(spec)), "x"), "tokenizer": self.tokenizer.digest(), "micro_batch": str(self.micro)}
 
     def resume(self) -> None:
         """Go on from the newest checkpoint of the run folder, if it has one."""
@@ -185,10 +196,7 @@ class _Loop:
             self.run.note_environment()
             return
         step, saved = checkpoint.identity(folder)
-        differ = [k for k in sorted({*saved, *self.identity}) if saved.get(k) != self.identity.get(k)]
-        changed = [f"{k}: {saved.get(k, 'unset')} -> {self.identity.get(k, 'unset')}" for k in differ]
-        if changed:
-            raise UserError(f"{self.run.folder} holds another run", "; ".join(changed[:5]), "choose another out folder, or take the change back")
+        refuse_changes(self.run.folder, saved, self.identity)
         self.stream.restore(checkpoint.restore(folder, self.rig))
         self.run.truncate_metrics(step)
         self.start = step
@@ -196,7 +204,7 @@ class _Loop:
             self.show.line(f"{change}: the numbers may differ in the last bits from those of an uninterrupted run")
         self.show.line(f"resumed after step {step} of {self.job.train.steps}")
 
-    def run_steps(self, started: float) -> TrainResult:
+    def run_steps(self) -> TrainResult:
         """The loop itself."""
         settings, show = self.job.train, self.show
         micros = settings.tokens_per_step // (self.micro * self.job.data.sequence)
