@@ -232,7 +232,8 @@ def test_conversations_score_the_answers_alone(tmp_path: Path) -> None:
     talk = [{"messages": [{"role": "user", "content": f"Who are you, {i}?"}, {"role": "assistant", "content": "A rope of Lilliput."}]} for i in range(40)]
     path = tmp_path / "talk.jsonl"
     path.write_text("\n".join(json.dumps(t) for t in talk))
-    result = run(path, tmp_path / "run", **{"model": "lilliput-tiny", "data.tokenizer": "auto", "train.init": "weights", "data.sequence": "64", "train.steps": "20"})
+    shipped = {"model": "lilliput-tiny", "data.tokenizer": "auto", "train.init": "weights"}
+    result = run(path, tmp_path / "run", **shipped, **{"data.sequence": "64", "train.steps": "20"})
     assert result.eval_after < 0.5 * result.eval_before
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < r["targets"] < 64 for r in rows if "targets" in r), "two conversations a step, only their answers are scored"
