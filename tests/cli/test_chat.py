@@ -158,7 +158,7 @@ class Terminal:
         os.close(child)
         self.seen = ""
 
-    def wait_for(self, text: str, seconds: float = 60) -> str:
+    def wait_for(self, text: str, seconds: float = 120) -> str:
         """Read until the text comes; what was read up to it."""
         end = time.monotonic() + seconds
         while text not in self.seen:
