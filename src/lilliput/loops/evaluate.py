@@ -158,6 +158,8 @@ def evaluate(model: Decoder, tokenizer: Tokenizer, opened: Opened, settings: Eva
         results.append(perplexity(model, ids, window=settings.window, stride=stride, batch=settings.batch, limit=settings.limit, show=show))
     for name, (file, questions) in opened.questions.items():
         results.append(tasks.judge(name, file, questions, tasks.answer(model, tokenizer, questions, batch=settings.batch, show=show, label=name)))
+        if show:  # tasks take minutes: what is known is said before the next one begins
+            show.line("; ".join(f"{row['task']} {row['figure']} {row['value']:.4f}" for row in rows(results[-1:])))
     return results
 
 
