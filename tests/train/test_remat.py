@@ -11,6 +11,7 @@ from rigs import make_rig, random_batch
 
 from lilliput.memory.meter import Meter
 from lilliput.models.sizes import PRESETS
+from lilliput.plan.ledgers import training_ledger
 from lilliput.train.remat import Remat
 
 SPEC = replace(PRESETS["tiny"], vocab=64, dim=16, heads=2, kv_heads=2, head_dim=8, ffn=32)
@@ -60,6 +61,21 @@ def test_gradients_are_bitwise_those_of_the_plain_run_with_dropout(every: object
             rig.objective(rig.model, micro)[0].backward()
         gradients.append({n: p.grad.clone() for n, p in rig.model.named_parameters()})
     assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
+
+
+@pytest.mark.parametrize("micros", [1, 2])
+@pytest.mark.parametrize("every", [1, 2, 3, 12])
+def test_the_predicted_peak_of_a_deep_model(every: int, micros: int) -> None:
+    """Gradients come while inputs go: with one micro-batch the two never add up, with two they do."""
+    rooms = {"remat": Remat(every=every)}
+    rig = make_rig(rooms, replace(PRESETS["llama-3m"], layers=12, dim=128, head_dim=32, ffn=320), sequences=4, tokens=128)
+    batch = random_batch(65, micros=micros, sequences=4, tokens=128)
+    ledger = training_ledger(rig.facts, rig.site, rooms, "fp32", micros)
+    known = [*rig.model.parameters(), *(t for m in batch for t in (m.tokens_BT, m.targets_BT))]
+    with Meter(known=known) as meter:
+        rig.schedule(rig, batch, sum(m.weight for m in batch))
+    predicted = ledger.peak()[0] - ledger.bytes("parameters") - ledger.bytes("optimizer")
+    assert predicted == pytest.approx(meter.peak, rel=0.05)
 
 
 def test_refusals_say_why() -> None:

@@ -29,6 +29,7 @@ class Term:
     shard: tuple[tuple[str, int], ...] = ()  # (axis, factor) pairs that divide the term
     moments: tuple[Moment, ...] = MOMENTS  # when it is alive
     lane: Lane = "compute"
+    falling: bool = False  # freed piece by piece while the backward pass goes, as gradients come
     blocks: int = 0  # size and work are of this many equal blocks of the model (recomputation shortens it); 0 = not a block's
 
     @property

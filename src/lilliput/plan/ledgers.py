@@ -130,9 +130,10 @@ def _gradients(ledger: Ledger, facts: Facts, trained: float, element: int, micro
     """Which gradients are alive beside which activations.
 
     Several micro-batches: all of them, always. One: a segment of blocks frees its activations while its gradients come,
-    and the gradients of what stands before the blocks come when all activations are gone. Where the head is tied, its
-    share waits for the embedding's (the model's transients count it, which is too much when the table is frozen), and
-    their sum is the last thing the backward pass makes.
+    and what falls along the whole backward pass is gone by the time the gradients of the other blocks are there. Those of
+    what stands before the blocks come when all activations are gone. Where the head is tied, its share waits for the
+    embedding's (the model's transients count it, which is too much when the table is frozen), and their sum is the last
+    thing the backward pass makes.
     """
     gradients = ledger.terms["gradients"]
     each = gradients.bytes / facts.parameters
@@ -143,9 +144,11 @@ def _gradients(ledger: Ledger, facts: Facts, trained: float, element: int, micro
         ledger = ledger.put(gradients=replace(gradients, moments=("forward", *gradients.moments)), **{"waiting micro-batches": waiting})
     else:
         held = [t for t in ledger.terms.values() if t.blocks]
-        inside = each * _count(facts, lambda name: name.startswith("layers.")) * max((t.blocks for t in held), default=0) / max(1, facts.layers)
+        whole = each * _count(facts, lambda name: name.startswith("layers."))
+        inside = whole * max((t.blocks for t in held), default=0) / max(1, facts.layers)
         early = facts.chain[: facts.chain.index("layers.*")] if "layers.*" in facts.chain else ()
         absent += each * _count(facts, lambda name: name.split(".")[0] in early) + min(inside, sum(t.bytes for t in held))
+        absent += min(whole - inside, sum(t.bytes for t in ledger.terms.values() if t.falling))
     last = max(2 * tied * each, trained * ROUNDING * _largest(facts) if element < 4 else 0)
     return ledger.put(
         **{"gradients not yet": Term(-round(absent), moments=("backward",)), "transient.one tensor updated": Term(round(last), moments=("update",))}

@@ -57,12 +57,13 @@ class Remat(Section):
             if term.blocks:
                 ledger = ledger.put(**{name: replace(term, size=term.size * every // term.blocks, blocks=every, moments=("backward",))})
         width = facts.shapes["embed.weight"][1]
-        inputs = math.ceil(facts.layers / every)
+        inputs, each = math.ceil(facts.layers / every), site.sequences * site.tokens * width * 4
+        again = ledger.terms["forward"].flops
         return ledger.put(
             **{
-                "activations.segment_inputs": Term(
-                    size=site.sequences * site.tokens * width * 4 * inputs, flops=ledger.terms["forward"].flops, moments=("forward", "backward")
-                )
+                "activations.segment inputs": Term(size=each * (inputs - 1), flops=again, moments=("forward", "backward"), falling=True),
+                # in the backward pass the last segment's input is one of the tensors that its blocks keep
+                "activations.last segment input": Term(size=each, moments=("forward",)),
             }
         )
 
