@@ -12,8 +12,10 @@ from rigs import make_rig, random_batch
 
 from lilliput.base.errors import UserError
 from lilliput.data.tokenizer import Tokenizer
+from lilliput.memory.meter import Meter
 from lilliput.models.checkpoints import save_model
 from lilliput.models.sizes import PRESETS
+from lilliput.plan.ledgers import training_ledger
 from lilliput.train.lora import Lora, adapted, merge, unmerge
 
 FAMILIES = {
@@ -94,6 +96,23 @@ def test_merge_and_unmerge() -> None:
         torch.testing.assert_close(rig.model(tokens), before, atol=2e-5, rtol=1e-4)
         for n, p in weights.items():
             torch.testing.assert_close(rig.model.get_parameter(n), p, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("targets", [("all",), ("q_proj", "v_proj"), ("down_proj",)], ids="+".join)
+def test_predicted_bytes_with_some_targets(family: str, targets: tuple[str, ...]) -> None:
+    """A frozen Linear without an update keeps no input. (What stands before the first update keeps nothing: too small to model in a deep model.)"""
+    rooms = {"lora": Lora(rank=4, targets=targets)}
+    rig = make_rig(rooms, replace(FAMILIES[family], context=256, layers=16), sequences=4, tokens=128)
+    micro = random_batch(rig.facts.vocab, micros=1, sequences=4, tokens=128)[0]
+    ledger = training_ledger(rig.facts, rig.site, rooms, "fp32")
+    with Meter(known=[*rig.model.parameters(), micro.tokens_BT, micro.targets_BT]) as meter:
+        loss, _ = rig.objective(rig.model, micro)
+        kept = meter.live
+        loss.backward()
+    predicted = sum(t.bytes for n, t in ledger.terms.items() if n.startswith("activations.") and "forward" in t.moments)
+    assert predicted == pytest.approx(kept, rel=0.07)
+    assert ledger.peak()[0] - ledger.bytes("parameters") - ledger.bytes("optimizer") == pytest.approx(meter.peak, rel=0.10)
 
 
 def test_only_the_adapter_learns_and_the_base_is_untouched() -> None:

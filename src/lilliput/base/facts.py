@@ -30,6 +30,7 @@ class Activation:
 
     `per`: "block" terms exist once in each block (and vanish where it is recomputed), "model" terms once.
     `saved`: kept from forward to backward; False = a transient alive only at the peak moment of its owner.
+    `inputs_of`: kept for nothing but the weight gradients of these Linears (q_proj, ...); gone where all of them are frozen.
     `early`: saved, but free by the time the backward pass reaches the blocks (what the loss and the head keep).
     """
 
@@ -38,6 +39,7 @@ class Activation:
     per: str = "block"
     saved: bool = True
     early: bool = False
+    inputs_of: tuple[str, ...] = ()
     divided_by: tuple[str, ...] = ()
 
 

@@ -93,11 +93,14 @@ def activations(spec: DecoderSpec, sequences: int, tokens: int, element: int) ->
     hidden, logits = rows * spec.ffn * element, rows * spec.vocab * 4
     block = [
         Activation("norm inputs", 2 * (stream + stats), divided_by=ROWS),
-        Activation("norm outputs", 2 * stream, divided_by=ROWS),
+        Activation("attention input", stream, inputs_of=("q_proj", "k_proj", "v_proj"), divided_by=ROWS),
+        Activation("mlp input", stream, inputs_of=("gate_proj", "up_proj") if spec.gated else ("up_proj",), divided_by=ROWS),
         Activation("q, k, v", heads + 2 * kv, divided_by=TP),
         Activation("attention output", heads + rows * spec.heads * 4, divided_by=TP),
-        Activation("mlp", KEPT[spec.activation] * hidden, divided_by=TP),
+        Activation("mlp", max(1, KEPT[spec.activation] - 1) * hidden, divided_by=TP),
     ]
+    if spec.activation != "relu":  # relu's own backward pass keeps its output
+        block.append(Activation("mlp product", hidden, inputs_of=("down_proj",), divided_by=TP))
     if spec.qk_norm:
         block.append(Activation("q, k before their norm", heads + kv + rows * (spec.heads + spec.kv_heads) * 4, divided_by=TP))
     wide = rows * (spec.embed_dim or 0) * element

@@ -62,6 +62,10 @@ class Lora(Section):
         count = sum(self.rank * (rows + columns) for rows, columns in shapes.values())
         tokens = site.sequences * site.tokens
         gradients, parameters = ledger.terms["gradients"], ledger.terms["parameters"]
+        assert facts.activations is not None, "the base ledger was made from them"
+        leaves = {path.rsplit(".", 1)[-1] for path in shapes}
+        frozen = [a for a in facts.activations(site.sequences, site.tokens, 4) if a.inputs_of and not leaves & set(a.inputs_of)]
+        ledger = ledger.drop(*(f"activations.{a.name}" for a in frozen))
         return ledger.put(
             parameters=replace(parameters, size=parameters.size + 4 * count),
             gradients=replace(gradients, size=4 * count),
