@@ -6,10 +6,11 @@ Torch-free: annotations that name torch types are strings, so a room's file load
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lilliput.base.errors import UserError
 from lilliput.base.facts import Facts
 from lilliput.base.hardware import Hardware
 from lilliput.base.ledger import Ledger
@@ -58,6 +59,19 @@ class Strategy(Protocol):
     def cost(self, ledger: Ledger, facts: Facts, site: Site) -> Ledger:
         """The ledger after this room, by arithmetic alone."""
         ...
+
+
+def in_order(rooms: Mapping[str, Strategy]) -> Iterator[tuple[str, Strategy]]:
+    """(name, room) in the given order, but each after those of these rooms that it needs; UserError when they wait for each other.
+
+    The rig orders acts with it and the planner costs, so that what is predicted is folded as it is run.
+    """
+    waiting = dict(rooms)
+    while waiting:
+        ready = next((n for n, room in waiting.items() if not any(need in waiting for need in room.needs)), None)
+        if ready is None:
+            raise UserError(f"rooms wait for each other: {', '.join(waiting)}", fix="switch one of them off")
+        yield ready, waiting.pop(ready)
 
 
 class Backend(Protocol):

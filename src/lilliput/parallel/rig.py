@@ -19,7 +19,7 @@ from torch import nn
 
 from lilliput.base.errors import UserError
 from lilliput.base.facts import Facts
-from lilliput.base.protocols import Phase, Site, Strategy
+from lilliput.base.protocols import Phase, Site, Strategy, in_order
 from lilliput.data.batch import IGNORE, MicroBatch
 from lilliput.models.checkpoints import STORED, fill
 from lilliput.ops.dropout import Counter
@@ -130,14 +130,10 @@ def clip_and_step(rig: Rig, learning_rate: float) -> float:
 
 def order(rooms: Mapping[str, Strategy]) -> list[tuple[Phase, str, Callable[[Rig], Rig]]]:
     """Acts of all rooms: by phase, inside a phase after those that the room needs, ties by name."""
-    result = []
+    result: list[tuple[Phase, str, Callable[[Rig], Rig]]] = []
     for phase in Phase:
-        waiting = {name: room for name, room in sorted(rooms.items()) if phase in room.acts()}
-        while waiting:
-            ready = next((n for n, room in waiting.items() if not any(need in waiting for need in room.needs)), None)
-            if ready is None:
-                raise UserError(f"rooms wait for each other: {', '.join(waiting)}", fix="switch one of them off")
-            result.append((phase, ready, waiting.pop(ready).acts()[phase]))
+        acting = {name: room for name, room in sorted(rooms.items()) if phase in room.acts()}
+        result += [(phase, name, room.acts()[phase]) for name, room in in_order(acting)]
     return result
 
 

@@ -18,7 +18,7 @@ Rooms edit the ledger in phase order, each a pure function; what depends on all 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from lilliput.base.errors import UserError
 from lilliput.base.facts import Activation, Facts
 from lilliput.base.hardware import DeviceSpec
 from lilliput.base.ledger import Ledger, Term
-from lilliput.base.protocols import Site
+from lilliput.base.protocols import Site, in_order
 
 ELEMENT = {"fp32": 4, "bf16": 2}  # bytes of a stored weight
 ADAMW = 8  # bytes of optimizer state a trainable parameter: two fp32 moments
@@ -47,7 +47,8 @@ def training_ledger(facts: Facts, site: Site, rooms: Mapping[str, Any], dtype: s
     """
     ledger = _base(facts, site, ELEMENT[dtype], optimizer)
     whole = ledger.bytes("gradients")
-    for room in _in_order(rooms):
+    by_phase = dict(sorted(rooms.items(), key=lambda pair: (min(pair[1].acts()), pair[0])))
+    for _, room in in_order(by_phase):
         ledger = room.cost(ledger, facts, site)
     trained = min(1.0, ledger.bytes("gradients") / whole)
     ledger = _work(ledger, trained, micro_batches)
@@ -105,16 +106,6 @@ def _activation(a: Activation, layers: int) -> tuple[str, Term]:
         return f"transient.{a.name}", Term(a.size, moments=("backward",) if a.per == "block" else ("forward",))
     blocks = layers if a.per == "block" else 0
     return f"activations.{a.name}", Term(a.size * max(1, blocks), moments=("forward",) if a.early else ("forward", "backward"), blocks=blocks)
-
-
-def _in_order(rooms: Mapping[str, Any]) -> Iterator[Any]:
-    """Rooms by their first phase, after those they need; ties by name."""
-    waiting = dict(sorted(rooms.items(), key=lambda pair: (min(pair[1].acts()), pair[0])))
-    while waiting:
-        ready = next((n for n, room in waiting.items() if not any(need in waiting for need in room.needs)), None)
-        if ready is None:
-            raise UserError(f"rooms wait for each other: {', '.join(waiting)}", fix="switch one of them off")
-        yield waiting.pop(ready)
 
 
 def _work(ledger: Ledger, trained: float, micro_batches: int) -> Ledger:

@@ -28,7 +28,7 @@ def save(run: records.Run, rig: Rig, step: int, data: Mapping[str, Any], identit
     assert rig.optimizer is not None, "a rig with an optimizer is saved"
     folder = run.folder / "checkpoints" / f"step-{step:06d}"
     folder.parent.mkdir(exist_ok=True)
-    with records.atomic_folder(folder) as building, records.disk_errors(folder):
+    with records.atomic_folder(folder) as building:
         save_file({n: p.detach().contiguous() for n, p in rig.trainable().items()}, building / "weights.safetensors")
         save_file(rig.optimizer.state(), building / "optimizer.safetensors")
         state = {"step": step, "optimizer_steps": rig.optimizer.steps, "data": dict(data), "identity": dict(identity)}
