@@ -53,6 +53,11 @@ def cpu_flops() -> float | None:
     return value
 
 
+def isa() -> str | None:
+    """LILLIPUT_ISA: the instruction set of the native kernels (scalar, avx2, avx512), or `none` for the references; None when unset."""
+    return os.environ.get("LILLIPUT_ISA") or None
+
+
 def visible_gpus() -> tuple[str, ...] | None:
     """CUDA_VISIBLE_DEVICES: indices or UUIDs of the GPUs that may be used, in order; None when unset (all of them)."""
     text = os.environ.get("CUDA_VISIBLE_DEVICES")

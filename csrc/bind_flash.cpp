@@ -1,0 +1,3 @@
+#include "bind.h"
+
+void bind_flash(nb::module_& m) { (void)m; }

@@ -1,0 +1,3 @@
+#include "bind.h"
+
+void bind_fused(nb::module_& m) { (void)m; }

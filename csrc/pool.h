@@ -1,0 +1,28 @@
+// The thread pool of all kernels. parallel(n, f) calls f(task, worker) for task = 0..n-1 on the caller and the workers, in any order;
+// it returns when all are done. Tasks are taken one by one from a counter, so a worker that lost its core to another process delays
+// the others by the one task it holds and no more; the caller never waits for a worker that has taken nothing.
+//
+// Workers spin for about 50 us after a region and then sleep: a decode step of 150 regions wakes them once, an idle process
+// costs nothing. A second thread that calls while the pool is busy, and a call from inside a task, run alone on their caller.
+// Results must not depend on which worker runs a task. `worker` (0 = the caller) indexes scratch memory,
+// which belongs to the call: never static, since two callers can both be worker 0.
+#pragma once
+
+namespace lilliput {
+
+using Task = void (*)(void* context, int task, int worker);
+
+constexpr int MAX_THREADS = 256;
+constexpr int MAX_TASKS = 1 << 15;  // of one region
+
+void run(int tasks, Task task, void* context);
+void set_threads(int count, bool pin);  // of all regions from now on, the caller included; pin: one core for each worker
+int threads();
+
+template <class F>
+static inline void parallel(int tasks, F&& f) {
+  if (tasks <= 0) return;
+  run(tasks, [](void* context, int task, int worker) { (*static_cast<F*>(context))(task, worker); }, const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+}  // namespace lilliput

@@ -1,0 +1,105 @@
+"""The compiled kernels (csrc/), or why they are not there.
+
+    module()      the extension, or None        missing()   the reason, with the fix
+    level()       the instruction set in use    using()     another one for a while (tests run them all)
+    define()      a kernel as a torch.library op that torch.compile, meta tensors and autograd see
+
+Without the extension everything runs on the references. Nothing here loads torch except `define`.
+A kernel runs on the pool of csrc/pool.h, whose threads are `threads(n)` and not torch's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from lilliput.base import env
+from lilliput.base.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+LEVELS = ("scalar", "avx2", "avx512")  # in the order of csrc/isa.h
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        module = importlib.import_module("lilliput.ops._native")
+    except ModuleNotFoundError as error:
+        if error.name != "lilliput.ops._native":
+            raise
+        return None, "the extension was not built: install g++ and the headers of Python, then install lilliput again with LILLIPUT_REQUIRE_EXT=1"
+    wanted = env.isa()
+    if wanted == "none":
+        return None, "LILLIPUT_ISA=none switches them off"
+    if wanted is not None:
+        if wanted not in LEVELS:
+            raise UserError(f"LILLIPUT_ISA cannot be {wanted!r}", fix=did_you_mean(wanted, [*LEVELS, "none"]))
+        if not module.set_level(LEVELS.index(wanted)):
+            best = LEVELS[module.best_level()]
+            raise UserError(f"this machine cannot run LILLIPUT_ISA={wanted}", f"its best instruction set is {best}", f"export LILLIPUT_ISA={best}")
+    return module, ""
+
+
+def module() -> Any:
+    """The extension module, or None when there is none. UserError for an impossible LILLIPUT_ISA."""
+    return _load()[0]
+
+
+def missing() -> str | None:
+    """Why there are no compiled kernels, or None when there are."""
+    return _load()[1] or None
+
+
+def level() -> str:
+    """The instruction set in use: scalar, avx2 or avx512; "none" without kernels."""
+    return "none" if module() is None else LEVELS[module().level()]
+
+
+def levels() -> tuple[str, ...]:
+    """Every level this machine can run; empty without kernels."""
+    return () if module() is None else LEVELS[: module().best_level() + 1]
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Run with another instruction set, one of levels(), for the length of a `with`. The whole process sees it."""
+    assert name in levels(), f"level {name} is not one of {levels()}"
+    before = module().level()
+    module().set_level(LEVELS.index(name))
+    try:
+        yield
+    finally:
+        module().set_level(before)
+
+
+def threads(count: int) -> None:
+    """Threads of every kernel from now on, the caller's own included. Nothing without kernels."""
+    if module() is not None:
+        module().set_threads(min(count, os.cpu_count() or count))
+
+
+@cache
+def _library() -> Any:
+    import torch
+
+    return torch.library.Library("lilliput", "DEF")
+
+
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register `lilliput::name` once and return the op. schema: "name(Tensor x, int n) -> Tensor"; fake: the same on shapes alone.
+
+    Cost of a call through the dispatcher: 10 us with a schema of tensors and numbers (torch.library.custom_op takes 40 to 80).
+    """
+    import torch
+
+    library, name = _library(), schema.partition("(")[0]
+    library.define(schema)
+    library.impl(name, run, "CPU")
+    torch.library.register_fake(f"lilliput::{name}", fake, lib=library)
+    return getattr(torch.ops.lilliput, name).default
