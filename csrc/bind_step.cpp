@@ -1,3 +1,89 @@
-#include "bind.h"
+#include <nanobind/stl/vector.h>
 
-void bind_step(nb::module_& m) { (void)m; }
+#include "bind.h"
+#include "step.h"
+
+using namespace lilliput;
+
+namespace {
+
+Product product(const Weight& w, Address bias, bool int8) {
+  Product p;
+  p.weight = w;
+  p.bias = at<float>(bias);
+  p.int8 = int8;
+  return p;
+}
+
+Product& slot(Plan& plan, int layer, int which) {
+  if (layer < 0) return which == 0 ? plan.project_in : which == 1 ? plan.project_out : plan.head;
+  Layer& l = plan.layers.at(size_t(layer));
+  return which == 0 ? l.qkv : which == 1 ? l.out : which == 2 ? l.up : l.down;
+}
+
+// Python's reduce(address, count) called from inside the step; an exception there ends the step after this region's sums are wrong,
+// so it is kept and thrown when the step returns.
+struct Hook {
+  nb::object call;
+  nb::object error;
+  static void reduce(void* self, float* partial, long count) {
+    auto& hook = *static_cast<Hook*>(self);
+    nb::gil_scoped_acquire held;
+    if (hook.error.is_valid()) return;
+    try {
+      hook.call(reinterpret_cast<Address>(partial), count);
+    } catch (nb::python_error& e) {
+      hook.error = nb::borrow(e.value());
+      e.restore();
+      PyErr_Clear();
+    }
+  }
+};
+
+void forward(Plan& plan, Address tokens, Address x, Address positions, int rows, int sequences, Address cu_q, Address lengths, Address tables,
+             int table_stride, int first, int last, nb::object reduce) {
+  const Batch batch{rows, at<int32_t>(positions), {sequences, at<int32_t>(cu_q), at<int32_t>(lengths), at<int32_t>(tables), table_stride}};
+  Hook hook{reduce, nb::object()};
+  {
+    nb::gil_scoped_release released;
+    plan.forward(batch, at<int32_t>(tokens), at<float>(x), first, last, reduce.is_none() ? nullptr : Hook::reduce, &hook);
+  }
+  if (hook.error.is_valid()) {
+    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(hook.error.ptr())), hook.error.ptr());
+    throw nb::python_error();
+  }
+}
+
+}  // namespace
+
+void bind_step(nb::module_& m) {
+  nb::class_<Plan>(m, "Plan")
+      .def("__init__", [](Plan* p, int dim, int heads, int kv_heads, int head_dim, int ffn, int vocab, int wide, int act, float scale, bool rotate_on_read) {
+        new (p) Plan();
+        p->dim = dim; p->heads = heads; p->kv_heads = kv_heads; p->head_dim = head_dim; p->ffn = ffn; p->vocab = vocab; p->wide = wide;
+        p->act = Act(act); p->scale = scale; p->rotate_on_read = rotate_on_read;
+      })
+      .def("rope", [](Plan& p, Address cos, Address sin) { p.cos = at<float>(cos); p.sin = at<float>(sin); })
+      .def("learned", [](Plan& p, Address table) { p.learned = at<float>(table); })
+      .def("embed", [](Plan& p, const Weight& w) { p.embed = w; })
+      .def("add_layer", [](Plan& p, std::vector<int> regions, int window) {
+        Layer layer;
+        layer.regions = std::move(regions);
+        layer.window = window;
+        p.layers.push_back(std::move(layer));
+      })
+      .def("product", [](Plan& p, int layer, int which, const Weight& w, Address bias, bool int8) { slot(p, layer, which) = product(w, bias, int8); })
+      .def("norm", [](Plan& p, int layer, int which, int kind, Address weight, Address bias, float eps) {
+        Norm& n = layer < 0 ? p.norm : which == 0 ? p.layers.at(size_t(layer)).input_norm : p.layers.at(size_t(layer)).mlp_norm;
+        n.kind = NormKind(kind); n.weight = at<float>(weight); n.bias = at<float>(bias); n.eps = eps;
+      })
+      .def("head_norms", [](Plan& p, int layer, Address q, Address k, float eps) {
+        Layer& l = p.layers.at(size_t(layer));
+        l.q_norm = at<float>(q); l.k_norm = at<float>(k); l.qk_eps = eps;
+      })
+      .def("cache", [](Plan& p, int layer, const KvCache& cache) { p.layers.at(size_t(layer)).cache = cache; })
+      .def("forward", &forward, nb::arg("tokens"), nb::arg("x"), nb::arg("positions"), nb::arg("rows"), nb::arg("sequences"), nb::arg("cu_q"),
+           nb::arg("lengths"), nb::arg("tables"), nb::arg("table_stride"), nb::arg("first"), nb::arg("last"), nb::arg("reduce").none())
+      .def("logits", [](Plan& p, Address x, Address sampled, int count, Address out) { p.logits(at<float>(x), at<int32_t>(sampled), count, at<float>(out)); },
+           Released());
+}

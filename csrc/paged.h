@@ -1,10 +1,16 @@
 // Attention over a paged cache: queries of many sequences packed in one batch, prompts and single tokens mixed.
 // PagedAttention (Kwon et al. 2023, section 4.1) with FlashAttention-2's online softmax.
 //
-// The cache of one layer is `blocks` blocks of `block` tokens; a sequence's token t lies in block table[t / block], row t % block.
-//     F32, F16    keys and values [block][kv_head][block tokens][head_dim]
-//     I8, I4      values: per token and head, one fp16 scale and minimum;  keys: per channel over `block` = 64 tokens (see paged.cpp)
-// Keys lie rotated, or before RoPE (rotate_on_read) and are rotated when read at the positions key_position gives.
+// The cache of one layer is `blocks` blocks of `block` tokens (a multiple of 16); token t of a sequence lies in block table[t / block],
+// row t % block. Keys lie with 16 tokens side by side, so that one vector load gives one dimension of 16 keys and no sum runs across
+// lanes, in prompts and in decoding alike; values lie token by token.
+//     keys    [block][kv_head][block / 16][head_dim][16]      values  [block][kv_head][block tokens][head_dim]
+//     F32, F16: numbers.  I8, I4: see the codec's lines in kernels/paged.cpp; a token and head has one fp16 scale and minimum, for keys and
+//     for values: [block][kv_head][block tokens][2]
+// Keys lie rotated, or before RoPE and are rotated when read.
+//
+// Every query walks the keys of its sequence in segments of 256, each in tiles of 64, at borders that depend on positions alone, and
+// segments are merged in rising order. So its result is bit-equal in any batch, in any chunk of its prompt, for any number of threads.
 #pragma once
 #include <cstdint>
 
@@ -19,7 +25,7 @@ struct KvCache {          // one layer
   int block, kv_heads, head_dim;
   void* keys;
   void* values;
-  void* key_scales;       // null for F32, F16; layout: paged.cpp
+  void* key_scales;       // null for F32, F16
   void* value_scales;
 };
 
@@ -47,5 +53,30 @@ void paged_write(const KvCache& cache, const PagedBatch& batch, const float* k, 
 
 // q, o: [rows][heads * head_dim], rows q_stride and o_stride floats apart.
 void paged_attention(const KvCache& cache, const PagedBatch& batch, const PagedOptions& options, int heads, const float* q, long q_stride, float* o, long o_stride);
+
+constexpr int SEGMENT = 256, KEY_TILE = 64;
+
+struct PagedTask {        // queries of one sequence that share a kv head, over one segment of its keys
+  const KvCache* cache;
+  const PagedOptions* options;
+  const int32_t* table;
+  int kv_head, rows;
+  const float* q;         // [rows][head_dim], scaled
+  const int32_t* limit;   // [rows]: keys each row may see
+  float* m;               // [rows]: running maximum, sum and weighted values of this segment
+  float* l;
+  float* o;               // [rows][head_dim]
+  float* scratch;         // rows * KEY_TILE + 2 * 16 * head_dim
+};
+
+struct PagedKernels {
+  void (*write)(const KvCache& cache, const int32_t* table, int position, int kv_head, const float* k, const float* v);
+  void (*segment)(const PagedTask& task, int first, int last);                            // keys [first, last)
+  void (*mass)(const PagedTask& task, int first, int last, float* mass);                  // m, l: of the whole row; mass[key] += probability
+  void (*merge)(float* m, float* l, float* o, const float* m2, const float* l2, const float* o2, int rows, int head_dim);
+  void (*finish)(const float* l, const float* o, float* to, int head_dim);               // one row: o / l, 0 where nothing was seen
+  void (*scale)(const float* q, float scale, float* to, int head_dim);                    // one row
+};
+LILLIPUT_DISPATCH(PagedKernels, paged)
 
 }  // namespace lilliput

@@ -1,7 +1,283 @@
+// int8 rows times int8 or 4-bit panels, exact int32 sums of groups, one fp32 chain over the groups.
+//
+//     AVX-512   vpdpbusd takes u8 x s8: W8 becomes u8 by adding 128 (an xor), and the sums begin at -128 * (sum of the row's group)
+//     AVX2      vpmaddubsw saturates at 32767. Nibbles (0..15) never reach it in a group of 32; W8 takes |w| and gives w's sign to x:
+//               2 * 127 * 127 = 32258, which is why neither side may hold -128
+//
+// The epilogue of a group is the same everywhere: y = fma(float(sum), scale_x * scale_w, y), offsets y = fma(offset, scale_x * sum_x, y).
 #include "linear.h"
 
 #include "vec.h"
 
 namespace lilliput {
-extern const IntKernels LILLIPUT_TABLE(linear_int) = {nullptr, nullptr};
+namespace LILLIPUT_ISA { namespace {
+
+#if defined(__AVX512F__)
+constexpr int V = 1;  // vectors of a panel
+#else
+constexpr int V = PANEL / W;
+#endif
+
+struct Span {  // one panel's share of a weight
+  const uint8_t* data;
+  const uint8_t* scales;
+  const uint8_t* offsets;
+};
+
+template <Format F>
+LP_INLINE Span span(const Weight& w, int panel) {
+  const long k = F == W8 ? (w.inputs + 3) / 4 * 4 : w.inputs / 2, groups = w.groups(), each = F == W8 ? 4 : 2;
+  return {static_cast<const uint8_t*>(w.data) + panel * k * PANEL, static_cast<const uint8_t*>(w.scales) + panel * groups * PANEL * each,
+          static_cast<const uint8_t*>(w.offsets) + panel * groups * PANEL * 2};
 }
+
+template <Format F>
+LP_INLINE vf scale_of(const Span& s, int group, int v) {
+  if (F == W8) return load(reinterpret_cast<const float*>(s.scales) + group * PANEL + v * W);
+  return load_half(reinterpret_cast<const uint16_t*>(s.scales) + group * PANEL + v * W);
+}
+LP_INLINE vf offset_of(const Span& s, int group, int v) { return load_half(reinterpret_cast<const uint16_t*>(s.offsets) + group * PANEL + v * W); }
+
+LP_INLINE int32_t four(const int8_t* p) { int32_t i; memcpy(&i, p, 4); return i; }
+
+#if defined(__AVX512F__)
+
+struct Sums { vi v[1]; };
+LP_INLINE Sums begin(int start) { return {{_mm512_set1_epi32(start)}}; }
+
+// 32 (Q4) or 4 (W8) inputs at `at`.. of one panel, added to the sums of MR rows.
+template <int MR, int NP, Format F>
+LP_INLINE void dots(Sums (&acc)[MR][NP], const Span* s, const int8_t* const* x, int from, int to) {
+  if (F == W8) {
+    const vi flip = _mm512_set1_epi8(char(0x80));
+    for (int k = from; k < to; k += 4) {
+      vi w[NP];
+      for (int j = 0; j < NP; j++) w[j] = _mm512_xor_si512(_mm512_loadu_si512(s[j].data + k * PANEL), flip);
+      for (int i = 0; i < MR; i++) {
+        const vi a = _mm512_set1_epi32(four(x[i] + k));
+        for (int j = 0; j < NP; j++) acc[i][j].v[0] = _mm512_dpbusd_epi32(acc[i][j].v[0], w[j], a);
+      }
+    }
+  } else {
+    const vi low = _mm512_set1_epi8(15);
+    for (int k = from; k < to; k += 8) {
+      vi lo[NP], hi[NP];
+      for (int j = 0; j < NP; j++) {
+        const vi w = _mm512_loadu_si512(s[j].data + k * (PANEL / 2));
+        lo[j] = _mm512_and_si512(w, low);
+        hi[j] = _mm512_and_si512(_mm512_srli_epi16(w, 4), low);
+      }
+      for (int i = 0; i < MR; i++) {
+        const vi a = _mm512_set1_epi32(four(x[i] + k)), b = _mm512_set1_epi32(four(x[i] + k + 4));
+        for (int j = 0; j < NP; j++) {
+          acc[i][j].v[0] = _mm512_dpbusd_epi32(acc[i][j].v[0], lo[j], a);
+          acc[i][j].v[0] = _mm512_dpbusd_epi32(acc[i][j].v[0], hi[j], b);
+        }
+      }
+    }
+  }
+}
+
+#elif defined(__AVX2__)
+
+struct Sums { vi v[2]; };
+LP_INLINE Sums begin(int start) { return {{_mm256_set1_epi32(start), _mm256_set1_epi32(start)}}; }
+
+template <int MR, int NP, Format F>
+LP_INLINE void dots(Sums (&acc)[MR][NP], const Span* s, const int8_t* const* x, int from, int to) {
+  const vi one = _mm256_set1_epi16(1);
+  if (F == W8) {
+    for (int k = from; k < to; k += 4)
+      for (int j = 0; j < NP; j++) {
+        vi w[2], size[2];
+        for (int v = 0; v < 2; v++) {
+          w[v] = _mm256_loadu_si256(reinterpret_cast<const vi*>(s[j].data + k * PANEL + v * 32));
+          size[v] = _mm256_abs_epi8(w[v]);
+        }
+        for (int i = 0; i < MR; i++) {
+          const vi a = _mm256_set1_epi32(four(x[i] + k));
+          for (int v = 0; v < 2; v++)
+            acc[i][j].v[v] = _mm256_add_epi32(acc[i][j].v[v], _mm256_madd_epi16(_mm256_maddubs_epi16(size[v], _mm256_sign_epi8(a, w[v])), one));
+        }
+      }
+  } else {
+    const vi low = _mm256_set1_epi8(15);
+    for (int first = from; first < to; first += 32) {  // 8 pairs of at most 3810 stay below 32767
+      const int end = first + 32 < to ? first + 32 : to;
+      vi narrow[MR][NP][2];
+      for (int i = 0; i < MR; i++) for (int j = 0; j < NP; j++) narrow[i][j][0] = narrow[i][j][1] = _mm256_setzero_si256();
+      for (int k = first; k < end; k += 8)
+        for (int j = 0; j < NP; j++)
+          for (int v = 0; v < 2; v++) {
+            const vi w = _mm256_loadu_si256(reinterpret_cast<const vi*>(s[j].data + k * (PANEL / 2) + v * 32));
+            const vi lo = _mm256_and_si256(w, low), hi = _mm256_and_si256(_mm256_srli_epi16(w, 4), low);
+            for (int i = 0; i < MR; i++) {
+              const vi both = _mm256_add_epi16(_mm256_maddubs_epi16(lo, _mm256_set1_epi32(four(x[i] + k))),
+                                               _mm256_maddubs_epi16(hi, _mm256_set1_epi32(four(x[i] + k + 4))));
+              narrow[i][j][v] = _mm256_add_epi16(narrow[i][j][v], both);
+            }
+          }
+      for (int i = 0; i < MR; i++)
+        for (int j = 0; j < NP; j++)
+          for (int v = 0; v < 2; v++) acc[i][j].v[v] = _mm256_add_epi32(acc[i][j].v[v], _mm256_madd_epi16(narrow[i][j][v], one));
+    }
+  }
+}
+
+#else
+
+struct Sums { vi v[V]; };
+LP_INLINE Sums begin(int start) { Sums s; for (int v = 0; v < V; v++) s.v[v] = vi{start, start, start, start}; return s; }
+
+template <int MR, int NP, Format F>
+LP_INLINE void dots(Sums (&acc)[MR][NP], const Span* s, const int8_t* const* x, int from, int to) {
+  for (int j = 0; j < NP; j++)
+    for (int k = from; k < to; k++)
+      for (int c = 0; c < PANEL; c++) {
+        int w;
+        if (F == W8) w = reinterpret_cast<const int8_t*>(s[j].data)[(k / 4) * 4 * PANEL + c * 4 + k % 4];
+        else { const uint8_t b = s[j].data[(k / 8) * 4 * PANEL + c * 4 + k % 4]; w = k % 8 < 4 ? b & 15 : b >> 4; }
+        for (int i = 0; i < MR; i++) acc[i][j].v[c / W][c % W] += w * x[i][k];
+      }
+}
+
+#endif
+
+// MR rows x NP panels.
+template <int MR, int NP, Format F, Offset O>
+void block(const Weight& w, const Rows8& x, int row, int panel, const float* bias, float* y, long y_stride, bool add) {
+  Span s[NP];
+  const int8_t* rows[MR];
+  for (int j = 0; j < NP; j++) s[j] = span<F>(w, panel + j);
+  for (int i = 0; i < MR; i++) rows[i] = x.q + long(row + i) * x.stride;
+  vf out[MR][NP][V];
+  for (int i = 0; i < MR; i++) for (int j = 0; j < NP; j++) for (int v = 0; v < V; v++) out[i][j][v] = zero();
+  const int groups = w.groups(), padded = F == W8 ? (w.inputs + 3) / 4 * 4 : w.inputs, size = w.group ? w.group : padded;
+  for (int g = 0; g < groups; g++) {
+    Sums acc[MR][NP];
+    for (int i = 0; i < MR; i++) {
+      int start = 0;
+      if (F == Q4 && O == SYMMETRIC) start = -8 * x.sums[long(row + i) * x.groups + g];
+#if defined(__AVX512F__)
+      if (F == W8) start = -128 * x.sums[long(row + i) * x.groups + g];
+#endif
+      for (int j = 0; j < NP; j++) acc[i][j] = begin(start);
+    }
+#if defined(__AVX2__)
+    for (int j = 0; j < NP; j++)  // the next panels begin where these end
+      for (int b = 0; b < size * (F == W8 ? PANEL : PANEL / 2) && MR == 1; b += 64) _mm_prefetch(reinterpret_cast<const char*>(s[j].data) + g * size * (F == W8 ? PANEL : PANEL / 2) + b + 2048, _MM_HINT_T0);
+#endif
+    dots<MR, NP, F>(acc, s, rows, g * size, g * size + size);
+    for (int j = 0; j < NP; j++)
+      for (int v = 0; v < V; v++) {
+        const vf scale = scale_of<F>(s[j], g, v);
+        vf offset = zero();
+        if (F == Q4 && O == MINS) offset = offset_of(s[j], g, v);
+        if (F == Q4 && O == ZEROS) offset = zero() - scale * offset_of(s[j], g, v);
+        for (int i = 0; i < MR; i++) {
+          const float sx = x.scales[long(row + i) * x.groups + g];
+          out[i][j][v] = fma(to_float(acc[i][j].v[v]), set1(sx) * scale, out[i][j][v]);
+          if (F == Q4 && O != SYMMETRIC) out[i][j][v] = fma(offset, set1(sx * float(x.sums[long(row + i) * x.groups + g])), out[i][j][v]);
+        }
+      }
+  }
+  for (int j = 0; j < NP; j++)
+    for (int v = 0; v < V; v++) {
+      const int column = (panel + j) * PANEL + v * W, n = w.outputs - column < W ? w.outputs - column : W;
+      if (n <= 0) continue;
+      const vf b = !bias ? zero() : n == W ? load(bias + column) : load_n(bias + column, n);
+      for (int i = 0; i < MR; i++) {
+        float* to = y + long(row + i) * y_stride + column;
+        vf value = out[i][j][v] + b;
+        if (n == W) { if (add) value = load(to) + value; store(to, value); }
+        else { if (add) value = load_n(to, n) + value; store_n(to, value, n); }
+      }
+    }
+}
+
+#if defined(__AVX512F__)
+constexpr int ROWS = 6, WIDE = 2, ALONE = 4;  // rows x panels of the main block; panels of a single row
+#elif defined(__AVX2__)
+constexpr int ROWS = 4, WIDE = 1, ALONE = 2;
+#else
+constexpr int ROWS = 4, WIDE = 1, ALONE = 1;
+#endif
+
+template <int MR, Format F, Offset O>
+void rows_of(const Weight& w, const Rows8& x, int row, int p0, int p1, const float* bias, float* y, long y_stride, bool add) {
+  constexpr int NP = MR == 1 ? ALONE : WIDE;
+  for (; p0 + NP <= p1; p0 += NP) block<MR, NP, F, O>(w, x, row, p0, bias, y, y_stride, add);
+  for (; p0 < p1; p0++) block<MR, 1, F, O>(w, x, row, p0, bias, y, y_stride, add);
+}
+
+template <Format F, Offset O>
+void tiles(const Weight& w, const Rows8& x, int r0, int r1, int p0, int p1, const float* bias, float* y, long y_stride, bool add) {
+  for (int p = p0; p < p1; p += 4) {  // four panels stay in the nearest cache while all rows pass
+    const int q = p + 4 < p1 && r1 - r0 > 1 ? p + 4 : p1;
+    int r = r0;
+    for (; r + ROWS <= r1; r += ROWS) rows_of<ROWS, F, O>(w, x, r, p, q, bias, y, y_stride, add);
+    switch (r1 - r) {
+#if defined(__AVX512F__)
+      case 5: rows_of<5, F, O>(w, x, r, p, q, bias, y, y_stride, add); break;
+      case 4: rows_of<4, F, O>(w, x, r, p, q, bias, y, y_stride, add); break;
+#endif
+      case 3: rows_of<3, F, O>(w, x, r, p, q, bias, y, y_stride, add); break;
+      case 2: rows_of<2, F, O>(w, x, r, p, q, bias, y, y_stride, add); break;
+      case 1: rows_of<1, F, O>(w, x, r, p, q, bias, y, y_stride, add); break;
+      default: break;
+    }
+    if (q == p1) break;
+  }
+}
+
+void tile(const Weight& w, const Rows8& x, int r0, int r1, int p0, int p1, const float* bias, float* y, long y_stride, bool add) {
+  if (w.format == W8) tiles<W8, SYMMETRIC>(w, x, r0, r1, p0, p1, bias, y, y_stride, add);
+  else if (w.offset == SYMMETRIC) tiles<Q4, SYMMETRIC>(w, x, r0, r1, p0, p1, bias, y, y_stride, add);
+  else if (w.offset == MINS) tiles<Q4, MINS>(w, x, r0, r1, p0, p1, bias, y, y_stride, add);
+  else tiles<Q4, ZEROS>(w, x, r0, r1, p0, p1, bias, y, y_stride, add);
+}
+
+LP_INLINE void store_bytes(int8_t* p, vi v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+#else
+  for (int i = 0; i < W; i++) { int32_t n; memcpy(&n, reinterpret_cast<const char*>(&v) + 4 * i, 4); p[i] = int8_t(n); }
+#endif
+}
+
+// A group with a number that is not finite gets the scale NaN, so that its row answers NaN and no other does.
+void quantize(const float* x, long x_stride, int r0, int r1, int inputs, int group, const Rows8& to) {
+  const int size = group ? group : inputs;
+  for (int r = r0; r < r1; r++) {
+    const float* row = x + r * x_stride;
+    int8_t* q = to.q + long(r) * to.stride;
+    for (int g = 0; g < to.groups; g++) {
+      const float* from = row + g * size;
+      vf most = zero(), odd = zero();
+      int k = 0;
+      for (; k + W <= size; k += W) { const vf v = load(from + k); most = max(most, abs(v)); odd = odd + (v - v); }
+      if (k < size) { const vf v = load_n(from + k, size - k); most = max(most, abs(v)); odd = odd + (v - v); }
+      const float top = hmax(most), fault = sum(odd);
+      const bool finite = fault == 0.0f;
+      const float inverse = finite && top > 1e-30f ? 127.0f / top : 0.0f;  // below, the inverse would be infinite
+      int32_t total = 0;
+      for (k = 0; k < size; k += W) {
+        const int n = size - k < W ? size - k : W;
+        const vf v = n == W ? load(from + k) : load_n(from + k, n);
+        const vi rounded = finite ? to_int(v * set1(inverse)) : to_int(zero());
+        if (n == W) store_bytes(q + g * size + k, rounded);
+        else { int8_t rest[PANEL]; store_bytes(rest, rounded); memcpy(q + g * size + k, rest, size_t(n)); }
+      }
+      for (k = 0; k < size; k++) total += q[g * size + k];
+      to.scales[long(r) * to.groups + g] = finite ? top / 127.0f : bits_float(0x7fc00000);
+      to.sums[long(r) * to.groups + g] = total;
+    }
+    if (to.stride > inputs) memset(q + inputs, 0, size_t(to.stride - inputs));
+  }
+}
+
+}}  // namespace LILLIPUT_ISA
+
+extern const IntKernels LILLIPUT_TABLE(linear_int) = {LILLIPUT_ISA::quantize, LILLIPUT_ISA::tile};
+
+}  // namespace lilliput

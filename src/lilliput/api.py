@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lilliput.base.errors import DoesNotFit, UserError, did_you_mean
-from lilliput.base.job import Job
+from lilliput.base.job import Job, Serve, Top
 from lilliput.loops.train import TrainResult
 from lilliput.serve.request import Sampling
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lilliput.loops.evaluate import Perplexity
     from lilliput.loops.tasks import TaskResult
     from lilliput.models.decoder import Decoder
+    from lilliput.models.native import NativeDecoder
     from lilliput.models.spec import DecoderSpec
     from lilliput.plan.estimate import Estimate
     from lilliput.serve.engine import Engine
@@ -45,8 +46,10 @@ class LanguageModel:
     repetition_penalty, seed, stop, ignore_eos. An unknown one is a UserError.
     """
 
-    module: Decoder
+    module: Decoder | NativeDecoder
     tokenizer: Tokenizer
+    backend: str = "eager"  # what runs it, and why
+    kv: str = "fp32"
 
     @property
     def spec(self) -> DecoderSpec:
@@ -58,7 +61,7 @@ class LanguageModel:
         """The serving engine, made at the first question (this allocates the cache)."""
         from lilliput.serve.engine import Engine
 
-        return Engine(self.module, self.tokenizer)
+        return Engine(self.module, self.tokenizer, kv=self.kv)
 
     def generate(self, prompt: str, **sampling: Any) -> str:
         """The text that follows the prompt, without a chat template."""
@@ -98,19 +101,32 @@ class Chat:
         return answer
 
 
-def load(name: str | Path, *, device: str = "auto", dtype: Literal["fp32", "bf16"] = "fp32", threads: int | Literal["auto"] = "auto") -> LanguageModel:
+def load(
+    name: str | Path, *, device: str = "auto", dtype: Literal["fp32", "bf16"] = "fp32", threads: int | Literal["auto"] = "auto", **serve: Any
+) -> LanguageModel:
     """A model by name (pulled when it is not in the cache), folder or file. UserError when there is none or it is damaged.
 
-    `threads`: torch's compute threads in this process from now on; auto = what the cgroup allows.
+    `threads`: compute threads in this process from now on; auto = what the cgroup allows. `serve`: the keys of the section
+    `serve` (runner, weights, kv). The default runner here is eager, whose `module` is a torch module that can be trained and
+    taken apart; runner="auto" takes the compiled kernels where they can run it.
     """
-    from lilliput.base import hardware
-    from lilliput.models.load import load_model
+    job = Job.load(model=str(name), device=device, dtype=dtype, threads=threads, serve={"runner": "eager", **serve})
+    return load_job(job.top, job.serve)
 
-    module, tokenizer, _ = load_model(str(name), device, dtype)
+
+def load_job(top: Top, serve: Serve) -> LanguageModel:
+    """The model of a job's top section, run as `serve` says, with the job's threads."""
+    from lilliput.base import hardware
+    from lilliput.models.load import load_to_serve
+    from lilliput.ops import native
+
+    module, tokenizer, backend = load_to_serve(top.model, serve, top.device, top.dtype)
     import torch
 
-    torch.set_num_threads(hardware.cpus() if threads == "auto" else threads)
-    return LanguageModel(module, tokenizer)
+    count = hardware.cpus() if top.threads == "auto" else top.threads
+    torch.set_num_threads(count)
+    native.threads(count)
+    return LanguageModel(module, tokenizer, backend, serve.kv)
 
 
 def pull(name: str) -> Path:
@@ -152,7 +168,8 @@ def measure(job: Job, show: Show, model: LanguageModel | None = None) -> list[Pe
     from lilliput.loops import evaluate as loop
 
     opened = loop.open_tasks(job.eval)
-    model = model or load(job.top.model, device=job.top.device, dtype=job.top.dtype, threads=job.top.threads)
+    if model is None:  # as it is served where the job says so, else the plain model
+        model = load_job(job.top, job.serve if job.settings.given("serve") else Serve(runner="eager"))
     return loop.evaluate(model.module, model.tokenizer, opened, job.eval, show)
 
 

@@ -54,6 +54,10 @@ class Settings:
         """Whether the section is on: given by a file, a flag or a keyword, or one of those that always are."""
         return name in self.values
 
+    def given(self, name: str) -> bool:
+        """Whether a file, a flag or a keyword set any value of the section."""
+        return any(source != "default" for key, source in self.sources.items() if _split(key)[0] == name)
+
     def with_auto(self, key: str, value: Any, reason: str) -> Settings:
         """These settings with an "auto" filled in; its source becomes `auto: reason`. UserError when the value does not fit."""
         name, short = _split(key)

@@ -88,7 +88,17 @@ class Generate(Section):
     system: str = Field("", description="system message of a chat; empty = the template's own")
 
 
-CORE: dict[str, type[Section]] = {"job": Top, "data": Data, "train": Train, "eval": Eval, "generate": Generate}
+class Serve(Section):
+    """How a model is run for answers: chat, generate, and eval where this section is given."""
+
+    runner: Literal["auto", "native", "eager"] = Field("auto", description="native: compiled kernels; eager: PyTorch; auto = native where it can")
+    weights: Literal["file", "fp32", "fp16", "w8", "q4", "nf4", "fp8"] = Field(
+        "file", description="how the native runner stores matrices; file = a GGUF's own 4 and 8 bits, else fp32"
+    )
+    kv: Literal["fp32", "fp16", "int8", "int4"] = Field("fp32", description="how the native runner stores keys and values")
+
+
+CORE: dict[str, type[Section]] = {"job": Top, "data": Data, "train": Train, "eval": Eval, "generate": Generate, "serve": Serve}
 
 
 def sections() -> dict[str, type[Section]]:
@@ -106,6 +116,7 @@ class Job:
         self.train: Train = settings.section("train")
         self.eval: Eval = settings.section("eval")
         self.generate: Generate = settings.section("generate")
+        self.serve: Serve = settings.section("serve")
         self.rooms: dict[str, Any] = {name: settings.section(name) for name in registry.names("train") if settings.present(name)}
 
     @staticmethod

@@ -90,17 +90,13 @@ def answer(job: Job, question: str | None, show: Show, raw: bool = False) -> int
 
 def start(job: Job, show: Show, raw: bool) -> Talk:
     """A model ready to talk with the job's settings; says on stderr when it can only complete text."""
-    import torch
-
-    from lilliput.base import hardware
-    from lilliput.models.load import load_model
-    from lilliput.serve.engine import Engine
+    from lilliput import api
     from lilliput.serve.request import Sampling
 
     top, generate = job.top, job.generate
-    torch.set_num_threads(hardware.cpus() if top.threads == "auto" else top.threads)
-    model, tokenizer, _ = load_model(top.model, top.device, top.dtype)
-    if tokenizer.chat_template is None and not raw:
+    model = api.load_job(top, job.serve)
+    template = model.tokenizer.chat_template
+    if template is None and not raw:
         show.line(f"{top.model} has no chat template: each text is completed on its own, as with --raw")
     sampling = Sampling(
         max_tokens=generate.max_tokens,
@@ -111,7 +107,7 @@ def start(job: Job, show: Show, raw: bool) -> Talk:
         repetition_penalty=generate.repetition_penalty,
         seed=top.seed,
     )
-    return Talk(Engine(model, tokenizer), sampling, generate.system, raw or tokenizer.chat_template is None)
+    return Talk(model.engine, sampling, generate.system, raw or template is None)
 
 
 @dataclass(frozen=True)

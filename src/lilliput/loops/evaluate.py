@@ -74,7 +74,7 @@ def spans(tokens: int, window: int, stride: int) -> Iterator[Window]:
 
 
 def perplexity(
-    model: Decoder, tokens: Sequence[int], *, window: int = 1024, stride: int | None = None, batch: int = 4, limit: int = 0, show: Show | None = None
+    model: Decoder | NativeDecoder, tokens: Sequence[int], *, window: int = 1024, stride: int | None = None, batch: int = 4, limit: int = 0, show: Show | None = None
 ) -> Perplexity:
     """Perplexity of token ids. stride None = window. limit: windows at most (0 = all). batch: windows in one forward.
 
@@ -91,7 +91,7 @@ def perplexity(
         raise UserError("the text is too short to score", f"{len(tokens)} tokens; the first has nothing before it", "eval.path=FILE with more text")
     chosen = list(spans(len(tokens), window, stride))
     chosen = chosen[:limit] if limit else chosen
-    device = next(model.parameters()).device
+    device = model.device
     total, scored = 0.0, 0
     with torch.inference_mode(), show.bar(len(chosen), "perplexity") if show else nullcontext() as bar:
         for group in _batches(chosen, batch):
@@ -149,7 +149,7 @@ def open_tasks(settings: Eval) -> Opened:
     return Opened(text, {name: (str(file), tasks.read_questions(name, file, settings.limit)) for name, file in files.items()})
 
 
-def evaluate(model: Decoder, tokenizer: Tokenizer, opened: Opened, settings: Eval, show: Show | None = None) -> list[Perplexity | tasks.TaskResult]:
+def evaluate(model: Decoder | NativeDecoder, tokenizer: Tokenizer, opened: Opened, settings: Eval, show: Show | None = None) -> list[Perplexity | tasks.TaskResult]:
     """Measure what was opened, perplexity first, then the tasks in their order."""
     results: list[Perplexity | tasks.TaskResult] = []
     if opened.text is not None:

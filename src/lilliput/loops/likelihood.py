@@ -129,7 +129,7 @@ class _Row:
 def _forward(model: Decoder, rows: Sequence[_Row]) -> list[list[Score]]:
     import torch
 
-    device = next(model.parameters()).device
+    device = model.device
     longest = max(len(row.tokens) for row in rows)
     pad = lambda lists, fill: torch.tensor([[*values, *[fill] * (longest - len(values))] for values in lists], device=device)
     tokens_BT, positions_BT = pad((row.tokens for row in rows), 0), pad((row.positions for row in rows), 0)

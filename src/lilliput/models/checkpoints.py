@@ -52,6 +52,7 @@ class Checkpoint:
     dtypes: Mapping[str, int]  # stored type -> bytes of the file in it
     files: tuple[Path, ...]  # that hold the weights
     lineage: Mapping[str, Any] | None  # lilliput.json: parents, sections, evaluation; None when another tool made it
+    blocks: Callable[[str], tuple[str, np.ndarray] | None] = lambda name: None  # (GGUF type, [outputs, bytes] as stored) of a quantised matrix
 
     @property
     def bytes(self) -> int:
@@ -263,13 +264,21 @@ def _gguf(path: Path) -> Checkpoint:
         source, transform = places[name]
         return families.to_canonical(transform, _unpermuted(spec, name, gguf.read(header, source)))
 
+    def blocks(name: str) -> tuple[str, np.ndarray] | None:
+        source, transform = places[name]
+        rows = gguf.read_blocks(header, source)
+        if rows is None:
+            return None
+        heads = gguf_spec.permuted_heads(spec, name)
+        return header.tensors[source].dtype, families.to_canonical(transform, rows if heads is None else gguf_spec.unpermute(rows, heads))
+
     def tokenizer() -> Tokenizer:
         from lilliput.data.tokenizer import Tokenizer
 
         return _fitting(path, spec, Tokenizer.from_gguf(header.metadata))
 
     sizes = _count((entry.dtype, entry.end - entry.start) for name, entry in header.tensors.items() if name in used)
-    return Checkpoint(path, "gguf", spec, read, tokenizer, sizes, (path,), None)
+    return Checkpoint(path, "gguf", spec, read, tokenizer, sizes, (path,), None, blocks)
 
 
 def _llama2c(path: Path) -> Checkpoint:

@@ -135,6 +135,11 @@ class Decoder(nn.Module):
         self._angles = rope.frequencies(spec.rope, spec.head_dim) if spec.positions == "rope" else None
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.embed.weight.device
+
+    @property
     def dropout(self) -> float:
         """Probability that an element of the embeddings, of attention's output and of the MLP's output is zeroed in training."""
         return self.embed_dropout.p

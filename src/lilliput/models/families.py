@@ -295,14 +295,15 @@ def stored_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...
     return whole[::-1] if transform[-1] == "transpose" else whole
 
 
-def to_canonical(transform: Transform, tensor: Tensor) -> Tensor:
-    """A checkpoint's tensor as the canonical one: a view, not always contiguous."""
+def to_canonical(transform: Transform, tensor: Any) -> Any:
+    """A checkpoint's tensor (or array of rows) as the canonical one: a view, not always contiguous."""
     if isinstance(transform, str):
         return tensor.t() if transform == "transpose" else tensor
     if transform[0] == "skip_rows":
         return tensor[transform[1] :]
     whole = tensor.t() if transform[-1] == "transpose" else tensor
-    return whole.chunk(transform[2], 0)[transform[1]]
+    each = whole.shape[0] // transform[2]
+    return whole[transform[1] * each : (transform[1] + 1) * each]
 
 
 def from_canonical(spec: DecoderSpec, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -82,6 +82,18 @@ def read(header: Header, name: str) -> np.ndarray:
     return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(entry.type)).reshape(entry.shape)
 
 
+def read_blocks(header: Header, name: str) -> np.ndarray | None:
+    """A quantised matrix as it is stored: uint8 [outputs, bytes of a row]. None for plain numbers and for vectors."""
+    import numpy as np
+
+    entry = header.tensors[name]
+    _, block, block_bytes = TYPES[entry.type]
+    if block == 1 or len(entry.shape) != 2:
+        return None
+    raw = np.fromfile(header.path, dtype=np.uint8, count=entry.end - entry.start, offset=entry.start)
+    return raw.reshape(entry.shape[0], entry.shape[1] // block * block_bytes)
+
+
 class _Reader:
     """A cursor over the mapped file that never reads past its end."""
 

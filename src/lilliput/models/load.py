@@ -14,8 +14,10 @@ from lilliput.models.checkpoints import Checkpoint, materialise, open_checkpoint
 from lilliput.models.spec import DecoderSpec
 
 if TYPE_CHECKING:
+    from lilliput.base.job import Serve
     from lilliput.data.tokenizer import Tokenizer
     from lilliput.models.decoder import Decoder
+    from lilliput.models.native import NativeDecoder
 
 
 def resolve_spec(name: str, fetch: bool = True) -> tuple[DecoderSpec, Path | None]:
@@ -47,6 +49,46 @@ def load_model(name_or_path: str | Path, device: str = "auto", dtype: str = "fp3
     with torch.device("meta"):
         model = Decoder(checkpoint.spec)
     return materialise(model, checkpoint, dtype, place).eval(), tokenizer, checkpoint
+
+
+def choose_runner(spec: DecoderSpec, serve: Serve, device: str) -> tuple[str, str]:
+    """("native" | "eager", reason). UserError when the section asks for what cannot run here."""
+    from lilliput.models.native import supports
+
+    refusal = supports(spec, device)
+    if serve.runner == "eager":
+        return "eager", "asked for"
+    if refusal is None:
+        return "native", "asked for" if serve.runner == "native" else f"compiled kernels are here ({_level()})"
+    if serve.runner == "native":
+        raise UserError("serve.runner=native cannot run this model here", refusal, "serve.runner=auto")
+    if serve.weights not in ("file", "fp32") or serve.kv != "fp32":
+        wanted = f"serve.weights={serve.weights}" if serve.weights not in ("file", "fp32") else f"serve.kv={serve.kv}"
+        raise UserError(f"{wanted} needs the native runner", refusal, "serve.weights=file serve.kv=fp32")
+    return "eager", refusal
+
+
+def load_to_serve(name_or_path: str | Path, serve: Serve, device: str = "auto", dtype: str = "fp32") -> tuple[Decoder | NativeDecoder, Tokenizer, str]:
+    """A model as the section `serve` asks for it, its tokenizer, and why it runs as it does. UserError as load_model.
+
+    Only one form is in memory: the native runner packs each matrix as it is read. `dtype` is the eager runner's storage.
+    """
+    checkpoint = open_checkpoint(hub.locate(str(name_or_path)))
+    place = pick_device(device)
+    kind, reason = choose_runner(checkpoint.spec, serve, place)
+    if kind == "eager":
+        model, tokenizer, _ = load_model(name_or_path, device, dtype)
+        return model, tokenizer, f"eager: {reason}"
+    tokenizer = checkpoint.tokenizer()
+    from lilliput.models.native import NativeDecoder
+
+    return NativeDecoder(checkpoint.spec, checkpoint.read, checkpoint.blocks, serve.weights), tokenizer, f"native: {reason}"
+
+
+def _level() -> str:
+    from lilliput.ops import native
+
+    return native.level()
 
 
 def pick_device(device: str) -> str:

@@ -7,8 +7,8 @@
 Requests join and leave at every step (continuous batching). A step that is broken off before its commit leaves nothing
 half-done: what it wrote lies beyond the committed tokens and is written again.
 
-Greedy answers equal the model's own forward; the same seed gives the same tokens in any batch, up to the rounding of
-the matrix products (a row's logits move by about 1e-5 with the number of rows beside it). Not thread-safe: one owner.
+Greedy answers equal the model's own forward. The same seed gives the same tokens in any batch: on the native runner bit
+for bit, on the eager one up to the rounding of its matrix products (about 1e-5 of a logit). Not thread-safe: one owner.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from lilliput.data.tokenizer import Tokenizer
 from lilliput.ops import sampling as ops
 from lilliput.serve.blocks import BLOCK, BlockPool, blocks_for
 from lilliput.serve.request import Completion, Delta, Request, Sampling
+from lilliput.models.native import NativeDecoder
 from lilliput.serve.runners.eager import Eager
+from lilliput.serve.runners.native import Native
 from lilliput.serve.scheduler import Chunk, Scheduler
 
 if TYPE_CHECKING:
@@ -38,15 +40,16 @@ class Engine:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Decoder | NativeDecoder,
         tokenizer: Tokenizer,
         *,
         kv_tokens: int | None = None,
         max_batch_tokens: int = 512,
         policy: str = registry.names("kv_policy")[0],
+        kv: str = "fp32",
     ) -> None:
         """`kv_tokens`: tokens of cache over all requests (None: four full contexts, or what a quarter of the free memory holds).
-        `max_batch_tokens`: tokens of one step. `policy`: a registered cache policy."""
+        `max_batch_tokens`: tokens of one step. `policy`: a registered cache policy. `kv`: how a native model's cache is stored."""
         self.model, self.tokenizer = model, tokenizer
         self.context = model.facts.context
         wanted = _affordable(model) if kv_tokens is None else kv_tokens
@@ -56,7 +59,7 @@ class Engine:
         self.policy = registry.find("kv_policy", policy)()
         self.pool = BlockPool(blocks_for(wanted))
         self.scheduler = Scheduler(self.pool, max_batch_tokens)
-        self.runner: Runner = Eager(model, self.pool.total)
+        self.runner: Runner = Native(model, self.pool.total, kv) if isinstance(model, NativeDecoder) else Eager(model, self.pool.total)
         self._eos = frozenset((*tokenizer.eos_ids, *model.spec.eos_ids))
         self._requests: dict[int, Request] = {}
         self._next_id = 0
@@ -199,14 +202,15 @@ def _collect(deltas: list[Delta]) -> Completion:
     return Completion(tokens, "".join(delta.text for delta in deltas), reason, tuple(delta.logprob for delta in deltas if delta.logprob is not None))
 
 
-def _affordable(model: Decoder) -> int:
+def _affordable(model: Decoder | NativeDecoder) -> int:
     """Tokens of cache where nobody says how many: four contexts, at most a quarter of the free memory, at least a block."""
-    weight, kv = next(model.parameters()), model.facts.kv
+    kv = model.facts.kv
     assert kv is not None, "a decoder states the shape of its keys and values"
-    if weight.is_cuda:
+    if model.device.type == "cuda":
         import torch
 
-        free, element = torch.cuda.mem_get_info(weight.device)[0], weight.element_size()
+        assert not isinstance(model, NativeDecoder), "native models run on CPUs"
+        free, element = torch.cuda.mem_get_info(model.device)[0], next(model.parameters()).element_size()
     else:
         free, element = hardware.memory()[1], 4
     return max(BLOCK, min(4 * model.facts.context, free // 4 // kv.bytes_per_token(element)))

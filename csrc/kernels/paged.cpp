@@ -1,0 +1,276 @@
+#include "paged.h"
+
+#include "vec.h"
+
+namespace lilliput {
+namespace LILLIPUT_ISA { namespace {
+
+constexpr int KEYS = 16, V = KEYS / W;
+#if defined(__AVX512F__)
+constexpr int ROWS = 8, ACROSS = 4;  // rows of one score block; vectors of values that stay in registers with 4 rows
+#else
+constexpr int ROWS = 4, ACROSS = 2;
+#endif
+constexpr int OUT_ROWS = 4;
+const float NONE = -__builtin_inff();
+
+LP_INLINE long place(const KvCache& c, const int32_t* table, int position, int head) {  // in rows of head_dim numbers
+  return (long(table[position / c.block]) * c.kv_heads + head) * c.block;
+}
+
+// ---- codecs: one row of numbers in, one row out. I8: n = (x - minimum) / scale in 0..255, I4: in 0..15, two to a byte.
+
+LP_INLINE void span_of(const float* x, int n, int levels, float& scale, float& least) {
+  float low = x[0], high = x[0];
+  for (int i = 1; i < n; i++) { low = x[i] < low ? x[i] : low; high = x[i] > high ? x[i] : high; }
+  uint16_t h = float_to_half((high - low) / float(levels)), z = float_to_half(low);
+  scale = half_to_float(h);
+  least = half_to_float(z);
+}
+LP_INLINE int nearest(float x, float scale, float least, int levels) {
+  const float n = scale > 0 ? __builtin_rintf((x - least) / scale) : 0.0f;
+  return n < 0 ? 0 : n > float(levels) ? levels : int(n);
+}
+
+void write(const KvCache& c, const int32_t* table, int position, int head, const float* k, const float* v) {
+  const long at = place(c, table, position, head);
+  const int token = position % c.block, d = c.head_dim, column = token % KEYS;
+  const long key = at * d + long(token / KEYS) * d * KEYS + column, value = (at + token) * d;
+  if (c.codec == KV_F32) {
+    for (int i = 0; i < d; i++) static_cast<float*>(c.keys)[key + long(i) * KEYS] = k[i];
+    memcpy(static_cast<float*>(c.values) + value, v, size_t(d) * 4);
+  } else if (c.codec == KV_F16) {
+    for (int i = 0; i < d; i++) static_cast<uint16_t*>(c.keys)[key + long(i) * KEYS] = float_to_half(k[i]);
+    for (int i = 0; i < d; i++) static_cast<uint16_t*>(c.values)[value + i] = float_to_half(v[i]);
+  } else {
+    const int levels = c.codec == KV_I8 ? 255 : 15;
+    for (int side = 0; side < 2; side++) {
+      const float* x = side ? v : k;
+      float scale, least;
+      span_of(x, d, levels, scale, least);
+      uint16_t* s = static_cast<uint16_t*>(side ? c.value_scales : c.key_scales) + (at + token) * 2;
+      s[0] = float_to_half(scale);
+      s[1] = float_to_half(least);
+      uint8_t* bytes = static_cast<uint8_t*>(side ? c.values : c.keys);
+      for (int i = 0; i < d; i++) {
+        const int n = nearest(x[i], scale, least, levels);
+        const long to = side ? value + i : key + long(i) * KEYS;  // number `to` of the area
+        if (c.codec == KV_I8) bytes[to] = uint8_t(n);
+        else bytes[to / 2] = uint8_t(to % 2 ? (bytes[to / 2] & 15) | n << 4 : (bytes[to / 2] & 0xf0) | n);
+      }
+    }
+  }
+}
+
+LP_INLINE float stored(const KvCache& c, const void* area, long at) {
+  const uint8_t* bytes = static_cast<const uint8_t*>(area);
+  return float(c.codec == KV_I8 ? bytes[at] : at % 2 ? bytes[at / 2] >> 4 : bytes[at / 2] & 15);
+}
+
+// 16 keys from `position` on as [head_dim][16]: where they lie, or decoded and rotated into `to`.
+const float* keys_of(const PagedTask& t, int position, float* to) {
+  const KvCache& c = *t.cache;
+  const int d = c.head_dim, token = position % c.block;
+  const long at = place(c, t.table, position, t.kv_head), key = at * d + long(token / KEYS) * d * KEYS;
+  const bool rotate = t.options->cos != nullptr;
+  if (c.codec == KV_F32 && !rotate) return static_cast<const float*>(c.keys) + key;
+  if (c.codec == KV_F32) memcpy(to, static_cast<const float*>(c.keys) + key, size_t(d) * KEYS * 4);
+  else if (c.codec == KV_F16) for (int i = 0; i < d * V; i++) store(to + i * W, load_half(static_cast<const uint16_t*>(c.keys) + key + i * W));
+  else {
+    const uint16_t* s = static_cast<const uint16_t*>(c.key_scales) + (at + token) * 2;
+    float scale[KEYS], least[KEYS];
+    for (int j = 0; j < KEYS; j++) { scale[j] = half_to_float(s[2 * j]); least[j] = half_to_float(s[2 * j + 1]); }
+    for (int i = 0; i < d; i++) {
+      for (int j = 0; j < KEYS; j++) to[i * KEYS + j] = stored(c, c.keys, key + long(i) * KEYS + j);
+      for (int v = 0; v < V; v++) store(to + i * KEYS + v * W, fma(load(to + i * KEYS + v * W), load(scale + v * W), load(least + v * W)));
+    }
+  }
+  if (!rotate) return to;
+  const int half = d / 2;
+  for (int i = 0; i < half; i++)
+    for (int j = 0; j < KEYS; j++) {
+      const long at_angle = long(position + j) * half + i;
+      const float cos = t.options->cos[at_angle], sin = t.options->sin[at_angle], a = to[i * KEYS + j], b = to[(i + half) * KEYS + j];
+      to[i * KEYS + j] = a * cos - b * sin;
+      to[(i + half) * KEYS + j] = b * cos + a * sin;
+    }
+  return to;
+}
+
+// Values of `count` tokens (at most 16, of one block) from `position` on as [count][head_dim].
+const float* values_of(const PagedTask& t, int position, int count, float* to) {
+  const KvCache& c = *t.cache;
+  const int d = c.head_dim, token = position % c.block;
+  const long row = place(c, t.table, position, t.kv_head) + token;
+  if (c.codec == KV_F32) return static_cast<const float*>(c.values) + row * d;
+  if (c.codec == KV_F16) {
+    const uint16_t* from = static_cast<const uint16_t*>(c.values) + row * d;
+    int i = 0;
+    for (; i + W <= count * d; i += W) store(to + i, load_half(from + i));
+    for (; i < count * d; i++) to[i] = half_to_float(from[i]);
+    return to;
+  }
+  for (int j = 0; j < count; j++) {
+    const uint16_t* s = static_cast<const uint16_t*>(c.value_scales) + (row + j) * 2;
+    const float scale = half_to_float(s[0]), least = half_to_float(s[1]);
+    for (int i = 0; i < d; i++) to[j * d + i] = stored(c, c.values, (row + j) * d + i) * scale + least;
+  }
+  return to;
+}
+
+// ---- scores of MR rows with 16 keys, and MR rows of probabilities times values
+
+template <int MR>
+LP_INLINE void score(const float* q, const float* keys, float* s, int d) {
+  vf acc[MR][V];
+  for (int i = 0; i < MR; i++) for (int v = 0; v < V; v++) acc[i][v] = zero();
+  for (int k = 0; k < d; k++)
+    for (int v = 0; v < V; v++) {
+      const vf key = load(keys + k * KEYS + v * W);
+      for (int i = 0; i < MR; i++) acc[i][v] = fma(set1(q[i * d + k]), key, acc[i][v]);
+    }
+  for (int i = 0; i < MR; i++) for (int v = 0; v < V; v++) store(s + i * KEY_TILE + v * W, acc[i][v]);
+}
+
+void scores(const float* q, const float* keys, float* s, int rows, int d) {
+  int r = 0;
+  for (; r + ROWS <= rows; r += ROWS) score<ROWS>(q + r * d, keys, s + r * KEY_TILE, d);
+  for (; r + 3 <= rows; r += 3) score<3>(q + r * d, keys, s + r * KEY_TILE, d);
+  for (; r < rows; r++) score<1>(q + r * d, keys, s + r * KEY_TILE, d);
+}
+
+template <int MR, int NV>
+LP_INLINE void weigh(const float* p, const float* values, float* o, int count, int d) {
+  vf acc[MR][NV];
+  for (int i = 0; i < MR; i++) for (int v = 0; v < NV; v++) acc[i][v] = load(o + i * d + v * W);
+  for (int t = 0; t < count; t++) {
+    vf value[NV];
+    for (int v = 0; v < NV; v++) value[v] = load(values + long(t) * d + v * W);
+    for (int i = 0; i < MR; i++) {
+      const vf a = set1(p[i * KEY_TILE + t]);
+      for (int v = 0; v < NV; v++) acc[i][v] = fma(a, value[v], acc[i][v]);
+    }
+  }
+  for (int i = 0; i < MR; i++) for (int v = 0; v < NV; v++) store(o + i * d + v * W, acc[i][v]);
+}
+
+template <int MR>
+LP_INLINE void weigh_rows(const float* p, const float* values, float* o, int count, int d) {
+  int c = 0;
+  for (; c + ACROSS * W <= d; c += ACROSS * W) weigh<MR, ACROSS>(p, values + c, o + c, count, d);
+  for (; c + W <= d; c += W) weigh<MR, 1>(p, values + c, o + c, count, d);
+  for (; c < d; c++)
+    for (int i = 0; i < MR; i++)
+      for (int t = 0; t < count; t++) o[i * d + c] += p[i * KEY_TILE + t] * values[long(t) * d + c];
+}
+
+void weighted(const float* p, const float* values, float* o, int rows, int count, int d) {
+  int r = 0;
+  for (; r + OUT_ROWS <= rows; r += OUT_ROWS) weigh_rows<OUT_ROWS>(p + r * KEY_TILE, values, o + r * d, count, d);
+  for (; r + 3 <= rows; r += 3) weigh_rows<3>(p + r * KEY_TILE, values, o + r * d, count, d);
+  for (; r < rows; r++) weigh_rows<1>(p + r * KEY_TILE, values, o + r * d, count, d);
+}
+
+// What a row may not see becomes -inf: keys from `limit` on, and with a window those before it that are no sinks.
+LP_INLINE void hide(const PagedOptions& o, float* s, int first, int limit) {
+  for (int j = limit > first ? limit - first : 0; j < KEY_TILE; j++) s[j] = NONE;
+  if (o.window && limit - o.window > first)
+    for (int j = 0; j < KEY_TILE && first + j < limit - o.window; j++) if (first + j >= o.sinks) s[j] = NONE;
+}
+
+LP_INLINE bool all_hidden(const PagedTask& t, int first) {  // for every row: rows are in rising order of their limits
+  const int window = t.options->window;
+  if (first >= t.limit[t.rows - 1]) return true;
+  return window && first + KEY_TILE <= t.limit[0] - window && first >= t.options->sinks;
+}
+
+void fill_scores(const PagedTask& t, int first, int last, float* s, float* keys) {
+  for (int k = first; k < first + KEY_TILE; k += KEYS) {
+    if (k < last) scores(t.q, keys_of(t, k, keys), s + (k - first), t.rows, t.cache->head_dim);
+  }
+  for (int r = 0; r < t.rows; r++) hide(*t.options, s + r * KEY_TILE, first, t.limit[r] < last ? t.limit[r] : last);
+}
+
+void segment(const PagedTask& t, int first, int last) {
+  const int d = t.cache->head_dim;
+  float* s = t.scratch;
+  float* keys = s + t.rows * KEY_TILE;
+  float* values = keys + KEYS * d;
+  for (int r = 0; r < t.rows; r++) { t.m[r] = NONE; t.l[r] = 0; }
+  memset(t.o, 0, size_t(t.rows) * size_t(d) * 4);
+  for (int tile = first; tile < last; tile += KEY_TILE) {
+    if (all_hidden(t, tile)) continue;
+    fill_scores(t, tile, last, s, keys);
+    for (int r = 0; r < t.rows; r++) {
+      float* row = s + r * KEY_TILE;
+      vf most = set1(NONE);
+      for (int j = 0; j < KEY_TILE; j += W) most = max(most, load(row + j));
+      const float top = hmax(most), m = t.m[r] > top ? t.m[r] : top;
+      if (m == NONE) { memset(row, 0, KEY_TILE * 4); continue; }
+      vf total = zero();
+      for (int j = 0; j < KEY_TILE; j += W) { const vf p = exp(load(row + j) - set1(m)); total = total + p; store(row + j, p); }
+      if (m > t.m[r]) {  // the earlier tiles were weighed with a smaller maximum
+        float shrink[W];
+        store(shrink, exp(set1(t.m[r] - m)));
+        t.l[r] *= shrink[0];
+        int c = 0;
+        for (; c + W <= d; c += W) store(t.o + r * d + c, load(t.o + r * d + c) * set1(shrink[0]));
+        for (; c < d; c++) t.o[r * d + c] *= shrink[0];
+        t.m[r] = m;
+      }
+      t.l[r] += sum(total);
+    }
+    for (int k = tile; k < tile + KEY_TILE && k < last; k += KEYS) {
+      const int count = last - k < KEYS ? last - k : KEYS;
+      weighted(s + (k - tile), values_of(t, k, count, values), t.o, t.rows, count, d);
+    }
+  }
+}
+
+void mass(const PagedTask& t, int first, int last, float* mass) {
+  float* s = t.scratch;
+  for (int tile = first; tile < last; tile += KEY_TILE) {
+    if (all_hidden(t, tile)) continue;
+    fill_scores(t, tile, last, s, s + t.rows * KEY_TILE);
+    for (int r = 0; r < t.rows; r++) {
+      if (t.l[r] == 0) continue;
+      float* row = s + r * KEY_TILE;
+      for (int j = 0; j < KEY_TILE; j += W) store(row + j, exp(load(row + j) - set1(t.m[r])) * set1(1.0f / t.l[r]));
+      for (int j = 0; j < KEY_TILE && tile + j < last; j++) mass[tile + j] += row[j];
+    }
+  }
+}
+
+void merge(float* m, float* l, float* o, const float* m2, const float* l2, const float* o2, int rows, int d) {
+  for (int r = 0; r < rows; r++, o += d, o2 += d) {
+    if (l2[r] == 0) continue;
+    const float top = m[r] > m2[r] ? m[r] : m2[r];
+    float a[W], b[W];
+    store(a, exp(set1(m[r] - top)));
+    store(b, exp(set1(m2[r] - top)));
+    const float ours = l[r] == 0 ? 0.0f : a[0], theirs = b[0];
+    l[r] = l[r] * ours + l2[r] * theirs;
+    m[r] = top;
+    int c = 0;
+    for (; c + W <= d; c += W) store(o + c, fma(load(o + c), set1(ours), load(o2 + c) * set1(theirs)));
+    for (; c < d; c++) o[c] = o[c] * ours + o2[c] * theirs;
+  }
+}
+
+void finish(const float* l, const float* o, float* to, int d) {
+  const float inverse = *l == 0 ? 0.0f : 1.0f / *l;
+  int c = 0;
+  for (; c + W <= d; c += W) store(to + c, load(o + c) * set1(inverse));
+  for (; c < d; c++) to[c] = o[c] * inverse;
+}
+
+void scale(const float* q, float by, float* to, int d) {
+  for (int c = 0; c < d; c++) to[c] = q[c] * by;
+}
+
+}}  // namespace LILLIPUT_ISA
+
+extern const PagedKernels LILLIPUT_TABLE(paged) = {LILLIPUT_ISA::write, LILLIPUT_ISA::segment, LILLIPUT_ISA::mass, LILLIPUT_ISA::merge, LILLIPUT_ISA::finish,
+                                                   LILLIPUT_ISA::scale};
+
+}  // namespace lilliput

@@ -1,0 +1,85 @@
+#include "step.h"
+
+#include "vec.h"
+
+namespace lilliput {
+namespace LILLIPUT_ISA { namespace {
+
+// Sums run in one chain of W lanes and one final reduction: the same for every number of rows.
+void rms(const float* weight, float eps, const float* x, float* y, int dim) {
+  vf total = zero();
+  int i = 0;
+  for (; i + W <= dim; i += W) { const vf v = load(x + i); total = fma(v, v, total); }
+  if (i < dim) { const vf v = load_n(x + i, dim - i); total = fma(v, v, total); }
+  const float scale = 1.0f / __builtin_sqrtf(sum(total) / float(dim) + eps);
+  for (i = 0; i + W <= dim; i += W) store(y + i, load(x + i) * set1(scale) * load(weight + i));
+  if (i < dim) store_n(y + i, load_n(x + i, dim - i) * set1(scale) * load_n(weight + i, dim - i), dim - i);
+}
+
+void layer_norm(const Norm& n, const float* x, float* y, int dim) {
+  vf total = zero();
+  int i = 0;
+  for (; i + W <= dim; i += W) total = total + load(x + i);
+  if (i < dim) total = total + load_n(x + i, dim - i);
+  const float mean = sum(total) / float(dim);
+  total = zero();
+  for (i = 0; i + W <= dim; i += W) { const vf v = load(x + i) - set1(mean); total = fma(v, v, total); }
+  float rest = 0;
+  for (; i < dim; i++) rest += (x[i] - mean) * (x[i] - mean);
+  const float scale = 1.0f / __builtin_sqrtf((sum(total) + rest) / float(dim) + n.eps);
+  for (i = 0; i + W <= dim; i += W) store(y + i, fma((load(x + i) - set1(mean)) * set1(scale), load(n.weight + i), load(n.bias + i)));
+  for (; i < dim; i++) y[i] = (x[i] - mean) * scale * n.weight[i] + n.bias[i];
+}
+
+void norm(const Norm& n, const float* x, float* y, int rows, int dim) {
+  for (int r = 0; r < rows; r++, x += dim, y += dim)
+    if (n.kind == RMS_NORM) rms(n.weight, n.eps, x, y, dim);
+    else layer_norm(n, x, y, dim);
+}
+
+void head_norm(const float* weight, float eps, float* x, int heads, int head_dim) {
+  for (int h = 0; h < heads; h++, x += head_dim) rms(weight, eps, x, x, head_dim);
+}
+
+void rotate(const float* cos, const float* sin, float* x, int heads, int head_dim) {
+  const int half = head_dim / 2;
+  for (int h = 0; h < heads; h++, x += head_dim) {
+    int i = 0;
+    for (; i + W <= half; i += W) {
+      const vf a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+      store(x + i, fma(-b, s, a * c));
+      store(x + half + i, fma(a, s, b * c));
+    }
+    for (; i < half; i++) {
+      const float a = x[i], b = x[half + i];
+      x[i] = a * cos[i] - b * sin[i];
+      x[half + i] = b * cos[i] + a * sin[i];
+    }
+  }
+}
+
+void act(Act kind, const float* up, float* y, int width) {
+  for (int i = 0; i < width; i += W) {
+    const int n = width - i < W ? width - i : W;
+    vf v = n == W ? load(up + i) : load_n(up + i, n);
+    switch (kind) {
+      case SWIGLU: v = silu(v) * (n == W ? load(up + width + i) : load_n(up + width + i, n)); break;
+      case GELU: v = gelu(v); break;
+      case GELU_TANH: v = gelu_tanh(v); break;
+      default: v = relu(v);
+    }
+    if (n == W) store(y + i, v); else store_n(y + i, v, n);
+  }
+}
+
+void add(const float* x, float* y, long count) {
+  long i = 0;
+  for (; i + W <= count; i += W) store(y + i, load(y + i) + load(x + i));
+  for (; i < count; i++) y[i] += x[i];
+}
+
+}}  // namespace LILLIPUT_ISA
+
+extern const KernelsOfStep LILLIPUT_TABLE(step) = {LILLIPUT_ISA::norm, LILLIPUT_ISA::head_norm, LILLIPUT_ISA::rotate, LILLIPUT_ISA::act, LILLIPUT_ISA::add};
+
+}  // namespace lilliput

@@ -1,0 +1,100 @@
+// A whole forward step of a decoder as ONE native call (DeepSpeed-Inference's Deep-Fusion: ops are fused into regions, so that what
+// one op writes the next reads from the cache). A Plan is a decoder lowered once: each layer is a list of regions out of a table, and
+// the step runs them in order over packed rows of all sequences (ByteTransformer: no padding anywhere).
+//
+//     pre-norm layer   QKV  ROTATE  ATTEND  OUT  UP  DOWN       norms are the first thing QKV and UP do
+//     post-norm layer  QKV  ROTATE  ATTEND  OUT  NORM_1  UP  DOWN  NORM_2
+//
+// A variant of a region is a row of the table REGIONS (step.cpp) and a number in a layer's list. Rows: [rows][dim] fp32, contiguous.
+// Memory: scratch for the largest number of rows seen, kept. A plan runs one step at a time.
+// Aminabadi et al. 2022 (DeepSpeed-Inference), arXiv 2207.00032, section III.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "linear.h"
+#include "paged.h"
+
+namespace lilliput {
+
+enum NormKind : int { NO_NORM = 0, RMS_NORM = 1, LAYER_NORM = 2 };
+enum Act : int { SWIGLU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
+enum Region : int { QKV = 0, ROTATE = 1, ATTEND = 2, OUT = 3, UP = 4, DOWN = 5, NORM_1 = 6, NORM_2 = 7 };
+
+struct Norm {
+  NormKind kind = NO_NORM;
+  const float* weight = nullptr;
+  const float* bias = nullptr;  // LAYER_NORM
+  float eps = 0;
+};
+
+struct Product {  // y = x W^T + b; int8: rows are quantised first
+  Weight weight{};
+  const float* bias = nullptr;
+  bool int8 = false;
+  explicit operator bool() const { return weight.data != nullptr; }
+};
+
+struct Layer {
+  std::vector<int> regions;
+  Norm input_norm, mlp_norm;
+  Product qkv, out, up, down;     // up: gate and up stacked for SWIGLU
+  const float* q_norm = nullptr;  // RMS over head_dim, before RoPE
+  const float* k_norm = nullptr;
+  float qk_eps = 0;
+  int window = 0;
+  KvCache cache{};
+};
+
+// What a tensor-parallel runner does with a partial sum [rows][dim] before it is added to the residual; may be null.
+using Reduce = void (*)(void* context, float* partial, long count);
+
+struct Batch {
+  int rows;
+  const int32_t* positions;  // [rows]
+  PagedBatch paged;
+};
+
+struct KernelsOfStep {
+  void (*norm)(const Norm& norm, const float* x, float* y, int rows, int dim);
+  void (*head_norm)(const float* weight, float eps, float* x, int heads, int head_dim);                        // in place, one row
+  void (*rotate)(const float* cos, const float* sin, float* x, int heads, int head_dim);                        // in place, one row
+  void (*act)(Act act, const float* up, float* y, int width);  // one row; SWIGLU: up = gate [width] then up [width]
+  void (*add)(const float* x, float* y, long count);           // y += x
+};
+LILLIPUT_DISPATCH(KernelsOfStep, step)
+
+struct Plan {
+  int dim = 0, heads = 0, kv_heads = 0, head_dim = 0, ffn = 0, vocab = 0, wide = 0;
+  Act act = SWIGLU;
+  bool rotate_on_read = false;
+  float scale = 0;
+  const float* cos = nullptr;        // [positions][head_dim / 2]; null: no RoPE
+  const float* sin = nullptr;
+  const float* learned = nullptr;    // [positions][dim]: learned positions
+  Weight embed{};
+  Product project_in, project_out, head;
+  Norm norm;
+  std::vector<Layer> layers;
+
+  // Hidden states of `batch` through layers [first, last), in place. tokens: embedded into x first when not null.
+  void forward(const Batch& batch, const int32_t* tokens, float* x, int first, int last, Reduce reduce, void* context);
+  // Final norm and head of some rows of x: logits [count][vocab].
+  void logits(const float* x, const int32_t* sampled, int count, float* out);
+
+  // Scratch of the step that runs; a region reads and writes these.
+  struct Scratch {
+    std::vector<float> normed, wide, hidden, qkv, attended, up, acted, partial;
+    std::vector<int8_t> q;
+    std::vector<float> scales;
+    std::vector<int32_t> sums;
+  } scratch;
+
+  void product(const Product& p, const float* x, long x_stride, int rows, float* y, long y_stride, bool add);
+  void residual(const Product& p, const float* x, long x_stride, int rows, float* residual, Reduce reduce, void* context);
+};
+
+void weight_row(const Weight& w, int row, float* out);  // one row of a packed matrix as fp32: embeddings
+
+}  // namespace lilliput

@@ -1,0 +1,172 @@
+"""A decoder on the native kernels: every family of models/decoder.py lowered to one plan (ops/step.py), weights packed once.
+
+How weights are stored is one word, the same for all matrices; norms, biases and positions stay fp32:
+
+    file   a GGUF's own 4- and 8-bit blocks, bit for bit, times int8 rows (Q4_0, Q4_1, Q8_0); else fp32. What `auto` means.
+    fp32 fp16 nf4 fp8      stored so, arithmetic in fp32            w8 q4      rounded, times int8 rows
+
+int8 rows are quantised anew before each product, with one scale a group of the weight (32 or 64 inputs), or a row where the weight
+has one scale an output: one scale for a whole tensor would be set by one outlier. A width that a group does not divide takes the
+next smaller one. Q, K, V are one matrix here, gate and up another.
+
+The eager Decoder stays the oracle: in fp32 the two differ by rounding alone. Deltas (LoRA) must be merged first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lilliput.base.errors import UserError
+from lilliput.models import rope
+from lilliput.models.facts import facts
+from lilliput.ops import codecs, float_codecs, native
+from lilliput.ops.packed import PackedWeight
+from lilliput.ops.paged import KvStore
+from lilliput.ops.step import POST, PRE, StepPlan, decoder_step
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lilliput.models.spec import DecoderSpec
+
+Weights = Literal["file", "fp32", "fp16", "w8", "q4", "nf4", "fp8"]
+Read = Callable[[str], Tensor]  # canonical name -> fp32 tensor
+Blocks = Callable[[str], "tuple[str, np.ndarray] | None"]  # canonical name -> (GGUF type, rows of its blocks), None when there are none
+READ_AS_STORED = ("Q4_0", "Q4_1", "Q8_0")
+WINDOW = 2048  # tokens of the cache of a forward without an engine (evaluation), at least
+
+
+def supports(spec: DecoderSpec, device: str) -> str | None:
+    """Why this model cannot run on the native kernels here; None when it can."""
+    if native.module() is None:
+        return native.missing()
+    if not device.startswith("cpu"):
+        return f"native kernels run on CPUs, the device is {device}"
+    if spec.head_dim > 256:
+        return f"heads of {spec.head_dim} are wider than 256"
+    return None
+
+
+class NativeDecoder:
+    """A lowered decoder that answers as `Decoder` does: `hidden` then `head`, and `step` for the serving runner."""
+
+    def __init__(self, spec: DecoderSpec, read: Read, blocks: Blocks | None = None, weights: Weights = "file", context: int | None = None) -> None:
+        """Read every tensor once and pack it. context: positions of the RoPE table (None: the model's own)."""
+        if weights not in get_args(Weights):
+            raise UserError(f"unknown storage `{weights}`", f"known: {', '.join(get_args(Weights))}", "serve.weights=file")
+        self.spec, self.facts, self.weights = spec, facts(spec), weights
+        self.device = torch.device("cpu")
+        self.plan, self.stored = _lower(spec, read, blocks if weights == "file" else None, "fp32" if weights == "file" else weights, context or spec.context)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the packed matrices."""
+        return sum(self.stored.values())
+
+    def step(self, tokens_R: Tensor, positions_R: Tensor, cu_q: Tensor, lengths: Tensor, tables: Tensor, sampled_N: Tensor) -> Tensor:
+        """Logits [N, vocab] of the sampled rows; see ops.step.decoder_step. The plan's cache must have been set."""
+        return decoder_step(self.plan, tokens_R, None, positions_R=positions_R, cu_q=cu_q, lengths=lengths, tables=tables, sampled_N=sampled_N)[1]
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """What `head` reads, [B, T, C]: rows from position 0, each attending to those before it. Runs on a cache of its own."""
+        sequences, tokens = tokens_BT.shape
+        store, tables = _own_cache(self, sequences, tokens)
+        self.plan.cache(store)
+        cu_q = torch.arange(sequences + 1, dtype=torch.int32) * tokens
+        lengths, positions = torch.full((sequences,), tokens, dtype=torch.int32), torch.arange(tokens, dtype=torch.int32).repeat(sequences)
+        none = torch.empty(0, dtype=torch.int32)
+        hidden_RC, _ = decoder_step(self.plan, tokens_BT.flatten().to(torch.int32), None, positions_R=positions, cu_q=cu_q, lengths=lengths,
+                                    tables=tables, sampled_N=none)  # fmt: skip
+        return hidden_RC.view(sequences, tokens, -1)
+
+    def head(self, h: Tensor) -> Tensor:
+        """[..., C] of `hidden` -> logits [..., vocab] fp32: the final norm and the head."""
+        flat = h.reshape(-1, self.spec.dim).contiguous()
+        rows = torch.arange(flat.shape[0], dtype=torch.int32)
+        nothing = torch.zeros(1, dtype=torch.int32)
+        _, logits = decoder_step(self.plan, None, flat, positions_R=torch.zeros(flat.shape[0], dtype=torch.int32), cu_q=nothing, lengths=nothing[:0],
+                                 tables=nothing[:0, None], sampled_N=rows, layers=(0, 0))  # fmt: skip
+        return logits.view(*h.shape[:-1], -1)
+
+    def __call__(self, tokens_BT: Tensor) -> Tensor:
+        """Logits [B, T, vocab]."""
+        return self.head(self.hidden(tokens_BT))
+
+
+def _own_cache(model: NativeDecoder, sequences: int, tokens: int) -> tuple[KvStore, Tensor]:
+    spec, each = model.spec, -(-tokens // 16)
+    store = KvStore(layers=spec.layers, blocks=max(1, sequences * each), kv_heads=spec.kv_heads, head_dim=spec.head_dim)
+    return store, torch.arange(sequences * each, dtype=torch.int32).view(sequences, each)
+
+
+def _lower(spec: DecoderSpec, read: Read, blocks: Blocks | None, weights: str, context: int) -> tuple[StepPlan, dict[str, int]]:
+    wide = spec.embed_dim or spec.dim
+    plan = StepPlan(dim=spec.dim, heads=spec.heads, kv_heads=spec.kv_heads, head_dim=spec.head_dim, ffn=spec.ffn, vocab=spec.vocab, wide=wide,
+                    act=spec.activation, scale=spec.head_dim**-0.5)  # fmt: skip
+    names, stored = spec.shapes(), {}
+
+    def vector(name: str) -> Tensor | None:
+        return read(name).float() if name in names else None
+
+    def put(layer: int | None, slot: str, modules: list[str]) -> None:
+        packed, int8 = _pack([f"{module}.weight" for module in modules], read, blocks, weights)
+        biases = [vector(f"{module}.bias") for module in modules]
+        bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
+        plan.product(layer, slot, packed, bias, int8)
+        stored[f"{layer}.{slot}"] = packed.bytes
+
+    for layer in range(spec.layers):
+        at = f"layers.{layer}."
+        plan.add_layer(PRE if spec.norm_place == "pre" else POST, spec.window_of(layer))
+        put(layer, "qkv", [f"{at}attn.{part}_proj" for part in "qkv"])
+        put(layer, "out", [f"{at}attn.o_proj"])
+        put(layer, "up", [f"{at}mlp.gate_proj", f"{at}mlp.up_proj"] if spec.gated else [f"{at}mlp.up_proj"])
+        put(layer, "down", [f"{at}mlp.down_proj"])
+        for slot in ("input_norm", "mlp_norm"):
+            plan.norm(layer, slot, read(f"{at}{slot}.weight"), vector(f"{at}{slot}.bias"), spec.norm_eps)
+        if spec.qk_norm:
+            plan.head_norms(layer, read(f"{at}attn.q_norm.weight"), read(f"{at}attn.k_norm.weight"), spec.norm_eps)
+    embed, int8 = _pack(["embed.weight"], read, blocks, weights if weights not in ("nf4", "fp8") else "fp16")
+    plan.embed(embed)
+    stored["embed"] = embed.bytes
+    if spec.tied:
+        plan.product(None, "head", embed, None, int8)
+    else:
+        put(None, "head", ["head"])
+    if spec.embed_dim:
+        put(None, "project_in", ["project_in"])
+        put(None, "project_out", ["project_out"])
+    if spec.norm_place == "pre":
+        plan.norm(None, "norm", read("norm.weight"), vector("norm.bias"), spec.norm_eps)
+    if spec.positions == "learned":
+        plan.learned(read("positions.weight"))
+    else:
+        cos, sin = rope.tables(rope.frequencies(spec.rope, spec.head_dim), torch.arange(context)[None], spec.rope.attention_factor, torch.float32)
+        half = spec.head_dim // 2
+        plan.rope(cos[0, :, 0, :half], sin[0, :, 0, half:])
+    return plan, stored
+
+
+def _pack(names: list[str], read: Read, blocks: Blocks | None, weights: str) -> tuple[PackedWeight, bool]:
+    """The matrices stacked along their outputs, and whether their rows of input are int8."""
+    found = [blocks(name) for name in names] if blocks else [None]
+    kinds = {part[0] for part in found if part is not None}
+    if None not in found and len(kinds) == 1 and (kind := kinds.pop()) in READ_AS_STORED:
+        import numpy as np
+
+        return codecs.from_gguf(kind, np.concatenate([part[1] for part in found if part is not None])), True
+    whole = torch.cat([read(name).float() for name in names])
+    if weights == "w8":
+        return codecs.quantize_w8(whole), True
+    if weights in ("q4", "nf4"):
+        group = next((g for g in (64, 32) if whole.shape[1] % g == 0), None)
+        if group is None:
+            raise UserError(f"{names[0]} cannot be stored as {weights}", f"its {whole.shape[1]} inputs are not a multiple of 32", "serve.weights=w8")
+        return (codecs.quantize_q4(whole, group), True) if weights == "q4" else (float_codecs.encode(whole, "nf4", group), False)
+    return float_codecs.encode(whole, {"fp32": "f32", "fp16": "f16", "fp8": "e4m3"}[weights]), False
+
+

@@ -1,0 +1,161 @@
+"""y = x W^T + b for weights packed once into panels of 16 outputs, stored in 32, 16, 8 or 4 bits.
+
+    q8 rows   x is quantised to int8 (one scale a group of the weight, or a row), sums are exact int32: formats w8 and q4
+    fp32 rows weights are widened as they are read: every format
+
+A weight is read from memory once a product, so one row costs bytes / bandwidth; many rows cost arithmetic. A row's result
+depends on that row and the weight alone, bit for bit: every output is one chain of sums in a fixed order (torch's own fp32
+`linear` picks other kernels for other numbers of rows, and its int8 one saturates on CPUs without VNNI).
+
+Layouts: csrc/linear.h. Codecs: ops/codecs.py (w8, q4), ops/float_codecs.py. Without the extension a product unpacks the weight
+and multiplies in torch: right, slow, and bench says so. SBI-GeMM: Aminabadi et al. 2022, arXiv 2207.00032, section III.C.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lilliput.ops import native
+
+PANEL = 16
+FORMATS = ("f32", "f16", "w8", "q4", "nf4", "e4m3", "e5m2")  # in the order of csrc/linear.h, as are:
+OFFSETS = ("symmetric", "mins", "zeros")
+INT8_ROWS = ("w8", "q4")
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A matrix [outputs, inputs] in panels. `group`: inputs that share a scale, 0 = all of a row. Shapes: csrc/linear.h."""
+
+    format: str
+    outputs: int
+    inputs: int
+    group: int
+    offset: str
+    data: Tensor
+    scales: Tensor | None = None
+    offsets: Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in memory, padding included."""
+        return sum(part.nbytes for part in (self.data, self.scales, self.offsets) if part is not None)
+
+    @property
+    def groups(self) -> int:
+        """Scales of one output."""
+        return self.inputs // self.group if self.group else 1
+
+    def native(self) -> Any:
+        """The extension's view of it; valid while this object lives."""
+        return native.module().Weight(FORMATS.index(self.format), self.outputs, self.inputs, self.group, OFFSETS.index(self.offset),
+                                      *(0 if part is None else part.data_ptr() for part in (self.data, self.scales, self.offsets)))  # fmt: skip
+
+
+def panels(rows: Tensor, fill: float = 0) -> Tensor:
+    """[outputs, ...] -> [panels, 16, ...], padded."""
+    short = -rows.shape[0] % PANEL
+    if short:
+        rows = torch.cat([rows, rows.new_full((short, *rows.shape[1:]), fill)])
+    return rows.unflatten(0, (-1, PANEL))
+
+
+def rows(panels_P16: Tensor, outputs: int) -> Tensor:
+    """[panels, 16, ...] -> [outputs, ...]."""
+    return panels_P16.flatten(0, 1)[:outputs]
+
+
+def group_tensor(values_NG: Tensor) -> Tensor:
+    """One number an output and group, [outputs, groups] -> [panels, groups, 16]: how scales and offsets lie."""
+    return panels(values_NG).transpose(1, 2).contiguous()
+
+
+def quantize_rows(x_RK: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 rows -> (q int8 [R, K], scales fp32 [R, G], sums int32 [R, G]) by plain torch: q = round(x / scale), scale = max|x| / 127."""
+    grouped = x_RK.unflatten(-1, (-1, group or x_RK.shape[-1]))
+    top = grouped.abs().amax(-1)
+    scales = top / 127
+    inverse = torch.where(top > 1e-30, 127 / top, torch.zeros(()))
+    q = (grouped * inverse[..., None]).round().to(torch.int8)
+    return q.flatten(-2), scales, q.sum(-1, dtype=torch.int32)
+
+
+def supports(x: Tensor, weight: PackedWeight) -> str | None:
+    """Why the extension cannot multiply these; None when it can."""
+    if native.module() is None:
+        return native.missing()
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return f"it takes fp32 on the CPU, x is {x.dtype} on {x.device.type}"
+    return None
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activations: str = "auto", add_to: Tensor | None = None) -> Tensor:
+    """x [..., inputs] fp32 -> [..., outputs]. activations: "int8" (formats w8, q4), "fp32", or auto = int8 where the format has it.
+
+    add_to [..., outputs], contiguous: the product is added to it in place, and it is returned.
+    """
+    int8 = weight.format in INT8_ROWS if activations == "auto" else activations == "int8"
+    assert not int8 or weight.format in INT8_ROWS, f"{weight.format} takes no int8 rows"
+    if supports(x, weight) is not None:
+        y = reference(x, weight, bias, int8)
+        return y if add_to is None else add_to.add_(y)
+    flat = x.reshape(-1, weight.inputs)
+    if flat.stride(-1) != 1:
+        flat = flat.contiguous()
+    if add_to is None:
+        numbers = FORMATS.index(weight.format), weight.outputs, weight.group, OFFSETS.index(weight.offset)
+        return _op()(flat, weight.data, weight.scales, weight.offsets, *numbers, bias, int8).view(*x.shape[:-1], weight.outputs)
+    assert add_to.is_contiguous(), "add_to must be contiguous"
+    _multiply(flat, weight, bias, int8, add_to.view(-1, weight.outputs), True)
+    return add_to
+
+
+def reference(x: Tensor, weight: PackedWeight, bias: Tensor | None, int8: bool) -> Tensor:
+    """The same by plain torch: rows rounded to int8 and back where `int8`, times the unpacked weight."""
+    from lilliput.ops import codecs, float_codecs
+
+    flat = x.reshape(-1, weight.inputs)
+    if int8:
+        q, scales, _ = quantize_rows(flat, weight.group)
+        flat = (q.unflatten(-1, (weight.groups, -1)) * scales[..., None]).flatten(-2)
+    whole = (codecs if weight.format in INT8_ROWS else float_codecs).decode(weight)
+    y = flat @ whole.t()
+    return (y if bias is None else y + bias).view(*x.shape[:-1], weight.outputs)
+
+
+def _multiply(x_RK: Tensor, weight: PackedWeight, bias: Tensor | None, int8: bool, y_RN: Tensor, add: bool) -> None:
+    module, count = native.module(), x_RK.shape[0]
+    bias_at = 0 if bias is None else bias.data_ptr()
+    if not int8:
+        module.linear32(weight.native(), x_RK.data_ptr(), x_RK.stride(0), count, bias_at, y_RN.data_ptr(), weight.outputs, add)
+        return
+    stride = -(-weight.inputs // 64) * 64
+    q = torch.empty(count * stride + 64, dtype=torch.int8)
+    start = -q.data_ptr() % 64
+    scales, sums = torch.empty(count, weight.groups), torch.empty(count, weight.groups, dtype=torch.int32)
+    where = (q.data_ptr() + start, scales.data_ptr(), sums.data_ptr(), stride, weight.groups)
+    module.quantize(x_RK.data_ptr(), x_RK.stride(0), count, weight.inputs, weight.group, *where)
+    module.linear8(weight.native(), *where, count, bias_at, y_RN.data_ptr(), weight.outputs, add)
+
+
+def _run(x: Tensor, data: Tensor, scales: Tensor | None, offsets: Tensor | None, format: int, outputs: int, group: int, offset: int,
+         bias: Tensor | None, int8: bool) -> Tensor:  # fmt: skip
+    y = x.new_empty(x.shape[0], outputs)
+    _multiply(x, PackedWeight(FORMATS[format], outputs, x.shape[1], group, OFFSETS[offset], data, scales, offsets), bias, int8, y, False)
+    return y
+
+
+def _fake(x: Tensor, data: Tensor, scales: Tensor | None, offsets: Tensor | None, format: int, outputs: int, group: int, offset: int,
+          bias: Tensor | None, int8: bool) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], outputs)
+
+
+@cache
+def _op() -> Any:
+    return native.define("linear_packed(Tensor x, Tensor data, Tensor? scales, Tensor? offsets, int format, int outputs, int group, int offset, "
+                         "Tensor? bias, bool int8) -> Tensor", _run, _fake)  # fmt: skip

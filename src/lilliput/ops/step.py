@@ -1,0 +1,159 @@
+"""One call per decode step: a decoder lowered to a plan of fused regions that native code runs over packed rows.
+
+Deep-Fusion of DeepSpeed-Inference: what one op writes, the next reads from the cache, and no op costs a trip through Python
+or the dispatcher (a PyTorch decoder of 30 layers spends 12 to 19 ms a step on that alone). Regions of a layer:
+
+    [norm, quantise, QKV] [RoPE, cache write] [attention] [O, + residual] [norm, quantise, gate and up] [act, quantise, down, + residual]
+
+A StepPlan owns every tensor its plan points into. `decoder_step` runs any range of layers, hidden states in and out, and can call
+`reduce` on the partial sums of O and down before they meet the residual (tensor parallelism). Rows are packed: cu_q says which
+belong to whom, as everywhere (ops/paged.py). When not: training (nothing is kept for a backward pass), CUDA.
+
+Aminabadi et al. 2022, arXiv 2207.00032, section III.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lilliput.ops import native
+from lilliput.ops.packed import PackedWeight
+from lilliput.ops.paged import KvStore
+
+REGIONS = ("qkv", "rotate", "attend", "out", "up", "down", "norm_1", "norm_2")  # csrc/step.h: enum Region
+PRE = ("qkv", "rotate", "attend", "out", "up", "down")
+POST = ("qkv", "rotate", "attend", "out", "norm_1", "up", "down", "norm_2")
+ACTS = ("swiglu", "gelu", "gelu_tanh", "relu")
+TOP_SLOTS, LAYER_SLOTS = ("project_in", "project_out", "head"), ("qkv", "out", "up", "down")
+
+Reduce = Callable[[Tensor], None]  # partial sums, fp32, flat: reduced in place
+
+_plans: weakref.WeakValueDictionary[int, StepPlan] = weakref.WeakValueDictionary()
+
+
+class StepPlan:
+    """A lowered decoder. Built once by its methods, then `decoder_step(plan, ...)`; runs one step at a time."""
+
+    def __init__(self, *, dim: int, heads: int, kv_heads: int, head_dim: int, ffn: int, vocab: int, wide: int, act: str, scale: float) -> None:
+        """`wide`: the embedding's width where it differs from dim, else dim. `scale`: of attention's scores."""
+        assert native.module() is not None, "ask native.missing() before building a plan"
+        self.dim, self.vocab, self.layers = dim, vocab, 0
+        self._held: list[Any] = []  # what the native plan points to
+        self._native = native.module().Plan(dim, heads, kv_heads, head_dim, ffn, vocab, wide, ACTS.index(act), scale, False)
+        self.handle = id(self)
+        _plans[self.handle] = self
+
+    def rope(self, cos_PD: Tensor, sin_PD: Tensor) -> None:
+        """Tables [positions, head_dim / 2] fp32."""
+        self._native.rope(self._address(cos_PD), self._address(sin_PD))
+
+    def learned(self, table_PC: Tensor) -> None:
+        """Learned positions [positions, dim] fp32."""
+        self._native.learned(self._address(table_PC))
+
+    def embed(self, weight: PackedWeight) -> None:
+        """The embedding, a packed matrix [vocab, wide] in f32, f16, w8 or q4."""
+        self._native.embed(self._weight(weight))
+
+    def add_layer(self, regions: Sequence[str], window: int | None) -> None:
+        """A layer that runs these regions in order."""
+        self._native.add_layer([REGIONS.index(region) for region in regions], window or 0)
+        self.layers += 1
+
+    def product(self, layer: int | None, slot: str, weight: PackedWeight, bias: Tensor | None, int8: bool) -> None:
+        """Give a slot of a layer (qkv, out, up, down) or of the top (layer None: project_in, project_out, head) its matrix."""
+        number = (TOP_SLOTS if layer is None else LAYER_SLOTS).index(slot)
+        self._native.product(-1 if layer is None else layer, number, self._weight(weight), self._address(bias), int8)
+
+    def norm(self, layer: int | None, slot: str, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+        """A norm of a layer (input_norm, mlp_norm) or the final one (layer None): RMS without a bias, else LayerNorm."""
+        number = 0 if slot == "input_norm" else 1
+        kind = 1 if bias is None else 2
+        self._native.norm(-1 if layer is None else layer, number, kind, self._address(weight), self._address(bias), eps)
+
+    def head_norms(self, layer: int, q_D: Tensor, k_D: Tensor, eps: float) -> None:
+        """RMS norms of each query and key head, before RoPE."""
+        self._native.head_norms(layer, self._address(q_D), self._address(k_D), eps)
+
+    def cache(self, store: KvStore) -> None:
+        """Where keys and values lie; another store may take its place between steps."""
+        self._store = store
+        for layer in range(self.layers):
+            self._native.cache(layer, store.layer(layer))
+
+    def _weight(self, weight: PackedWeight) -> Any:
+        self._held.append(weight)
+        return weight.native()
+
+    def _address(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        kept = tensor.detach().float().contiguous()
+        self._held.append(kept)
+        return kept.data_ptr()
+
+
+def _int32(tensor: Tensor, name: str) -> Tensor:
+    assert tensor.dtype == torch.int32 and tensor.is_contiguous(), f"{name} must be contiguous int32, got {tensor.dtype}"
+    return tensor
+
+
+def _run(plan: int, tokens: Tensor | None, hidden: Tensor, positions: Tensor, cu_q: Tensor, lengths: Tensor, tables: Tensor, sampled: Tensor,
+         first: int, last: int, reduce: Any = None) -> Tensor:
+    owner = _plans[plan]
+    rows, sequences = hidden.shape[0], lengths.shape[0]
+    assert hidden.shape[1] == owner.dim and hidden.is_contiguous() and hidden.dtype == torch.float32, f"hidden must be [rows, {owner.dim}] fp32"
+    assert tables.shape[0] == sequences and cu_q.shape[0] == sequences + 1 and positions.shape[0] == rows, "one table and one length a sequence"
+    for name, tensor in (("positions", positions), ("cu_q", cu_q), ("lengths", lengths), ("tables", tables), ("sampled", sampled)):
+        _int32(tensor, name)
+    start = 0 if tokens is None else _int32(tokens, "tokens").data_ptr()
+    owner._native.forward(start, hidden.data_ptr(), positions.data_ptr(), rows, sequences, cu_q.data_ptr(), lengths.data_ptr(), tables.data_ptr(),
+                          tables.shape[1], first, last, reduce)  # fmt: skip
+    logits = hidden.new_empty(sampled.shape[0], owner.vocab)
+    owner._native.logits(hidden.data_ptr(), sampled.data_ptr(), sampled.shape[0], logits.data_ptr())
+    return logits
+
+
+def _fake(plan: int, tokens: Tensor | None, hidden: Tensor, positions: Tensor, cu_q: Tensor, lengths: Tensor, tables: Tensor, sampled: Tensor,
+          first: int, last: int) -> Tensor:
+    return hidden.new_empty(sampled.shape[0], _plans[plan].vocab)
+
+
+@cache
+def _op() -> Any:
+    return native.define("decoder_step(int plan, Tensor? tokens, Tensor(a!) hidden, Tensor positions, Tensor cu_q, Tensor lengths, Tensor tables, "
+                         "Tensor sampled, int first, int last) -> Tensor", _run, _fake)  # fmt: skip
+
+
+def decoder_step(
+    plan: StepPlan, tokens_R: Tensor | None, hidden_RC: Tensor | None, *, positions_R: Tensor, cu_q: Tensor, lengths: Tensor, tables: Tensor,
+    sampled_N: Tensor, layers: tuple[int, int] | None = None, reduce: Reduce | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One step of layers [a, b) over R packed rows: (hidden states [R, C] after layer b - 1, logits [N, vocab] of the rows `sampled_N`).
+
+    tokens_R (int32) are embedded first; None: hidden_RC is gone on from, and written in place. cu_q [S + 1], lengths [S] (keys of each
+    sequence, the new ones included), tables [S, blocks], positions_R and sampled_N: int32. Logits only make sense after the last layer.
+    reduce: called with a flat view of the partial sums after O and after down, before they are added to the residual.
+    """
+    assert (tokens_R is None) != (hidden_RC is None), "either tokens or hidden states go in"
+    first, last = layers or (0, plan.layers)
+    if hidden_RC is None:
+        hidden_RC = torch.empty(positions_R.shape[0], plan.dim)
+    if reduce is None:
+        return hidden_RC, _op()(plan.handle, tokens_R, hidden_RC, positions_R, cu_q, lengths, tables, sampled_N, first, last)
+    return hidden_RC, _run(plan.handle, tokens_R, hidden_RC, positions_R, cu_q, lengths, tables, sampled_N, first, last, _hook(reduce))
+
+
+def _hook(reduce: Reduce) -> Callable[[int, int], None]:
+    import ctypes
+
+    def call(address: int, count: int) -> None:
+        reduce(torch.frombuffer((ctypes.c_float * count).from_address(address), dtype=torch.float32))
+
+    return call
