@@ -171,9 +171,10 @@ void weighted(const float* p, const float* values, float* o, int rows, int count
   for (; r < rows; r++) weigh_rows<1>(p + r * KEY_TILE, values, o + r * d, count, d);
 }
 
-// What a row may not see becomes -inf: keys from `limit` on, and with a window those before it that are no sinks.
-LP_INLINE void hide(const PagedOptions& o, float* s, int first, int limit) {
-  for (int j = limit > first ? limit - first : 0; j < KEY_TILE; j++) s[j] = NONE;
+// What a row may not see becomes -inf: keys from `limit` or `last` on, and with a window those before it that are no sinks.
+LP_INLINE void hide(const PagedOptions& o, float* s, int first, int last, int limit) {
+  const int end = limit < last ? limit : last;
+  for (int j = end > first ? end - first : 0; j < KEY_TILE; j++) s[j] = NONE;
   if (o.window && limit - o.window > first)
     for (int j = 0; j < KEY_TILE && first + j < limit - o.window; j++) if (first + j >= o.sinks) s[j] = NONE;
 }
@@ -188,7 +189,7 @@ void fill_scores(const PagedTask& t, int first, int last, float* s, float* keys)
   for (int k = first; k < first + KEY_TILE; k += KEYS) {
     if (k < last) scores(t.q, keys_of(t, k, keys), s + (k - first), t.rows, t.cache->head_dim);
   }
-  for (int r = 0; r < t.rows; r++) hide(*t.options, s + r * KEY_TILE, first, t.limit[r] < last ? t.limit[r] : last);
+  for (int r = 0; r < t.rows; r++) hide(*t.options, s + r * KEY_TILE, first, last, t.limit[r]);
 }
 
 void segment(const PagedTask& t, int first, int last) {
