@@ -15,6 +15,7 @@ void bind_step(nb::module_& m);
 void bind_strip(nb::module_& m);
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // plans that live until the interpreter ends are no fault
   m.attr("SCALAR") = int(lilliput::SCALAR);
   m.attr("AVX2") = int(lilliput::AVX2);
   m.attr("AVX512") = int(lilliput::AVX512);

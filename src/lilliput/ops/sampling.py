@@ -1,11 +1,11 @@
-"""Sampling: from a row of logits to one token. Order as in transformers: repetition penalty, temperature, top-k, top-p, min-p.
+"""Sampling: from a row of logits to one token. Order as in transformers: penalties, bias and mask, temperature, top-k, top-p, min-p.
 
 The random number of a token is a hash of (request seed, position), not the next draw of a generator: the same seed
 gives the same tokens whatever else is in the batch, however prompts are chunked, and after a restart.
 
-The candidates come out sorted by probability, so a draw is one binary search. A full sort of 49,152 logits takes
-2.8 ms, a partial select of 50 takes 0.05 ms; top-p therefore selects 64, 512, ... until their mass is enough.
-Probabilities are float64: the sum over a large vocabulary must not decide which token is drawn.
+`choose_rows` serves a batch: compiled (csrc/sampler.h: threshold selection, no full sort) where it can, else `choose` row by row,
+which is its reference. Candidates come out sorted by probability, equals by id, so a draw is one binary search. Probabilities
+are float64: the sum over a large vocabulary must not decide which token is drawn.
 
 Holtzman et al. 2020, arXiv 1904.09751 (top-p); Keskar et al. 2019, arXiv 1909.05858 (repetition penalty);
 Nguyen et al. 2024, arXiv 2407.01082 (min-p).
@@ -14,12 +14,95 @@ Nguyen et al. 2024, arXiv 2407.01082 (min-p).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lilliput.base import seeds
+from lilliput.ops import native
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How one row is sampled. `seen`: ids of prompt and answer; `u`: the row's random number; `mask_W`: int32 words, bit i = token i may come."""
+
+    u: float = 0.0
+    temperature: float = 0.0  # 0 = the largest logit
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0  # subtracted from the logit of each token that occurred
+    frequency_penalty: float = 0.0  # ... times how often it did
+    seen: Sequence[int] = ()
+    bias: Mapping[int, float] = field(default_factory=dict)  # added to logits
+    mask_W: Tensor | None = None
+
+    @property
+    def penalised(self) -> bool:
+        """Whether what occurred before matters."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A sampled token, its log probability under the raw logits, log sum exp of those, and the likeliest tokens where asked for."""
+
+    token: int
+    logprob: float
+    total: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def supports(logits_NV: Tensor) -> str | None:
+    """Why the extension cannot sample these rows; None when it can."""
+    if native.module() is None:
+        return native.missing()
+    if logits_NV.device.type != "cpu" or logits_NV.dtype != torch.float32 or logits_NV.stride(-1) != 1:
+        return f"it takes rows of fp32 on the CPU, got {logits_NV.dtype} on {logits_NV.device.type}"
+    return None
+
+
+def choose_rows(logits_NV: Tensor, draws: Sequence[Draw], top: int = 0) -> list[Choice]:
+    """One token a row. top: how many of the likeliest tokens to name. token -1 where the logits are not finite or the mask forbids all."""
+    if supports(logits_NV) is not None:
+        return [_choose_row(logits_V, draw, top) for logits_V, draw in zip(logits_NV, draws)]
+    count, vocab = logits_NV.shape
+    ids, logprobs = torch.empty(count, top, dtype=torch.int32), torch.empty(count, top, dtype=torch.float64)
+    asked = []
+    for draw in draws:
+        numbers = [draw.temperature, draw.top_k, draw.top_p, draw.min_p, draw.repetition_penalty, draw.presence_penalty, draw.frequency_penalty, draw.u]
+        times = Counter(draw.seen) if draw.penalised else {}
+        mask = 0 if draw.mask_W is None else draw.mask_W.data_ptr()
+        asked.append((numbers, list(times), list(times.values()), list(draw.bias), list(draw.bias.values()), mask))
+    found = native.module().choose(logits_NV.data_ptr(), logits_NV.stride(0), vocab, asked, top, ids.data_ptr(), logprobs.data_ptr())
+    tops = [tuple(zip(i, p)) for i, p in zip(ids.tolist(), logprobs.tolist())] if top else [()] * count
+    return [Choice(*one, best) for one, best in zip(found, tops)]
+
+
+def _choose_row(logits_V: Tensor, draw: Draw, top: int) -> Choice:
+    total = float(logits_V.logsumexp(-1))
+    if not abs(total) < float("inf"):
+        return Choice(-1, 0.0, total)
+    changed_V = logits_V.clone()
+    for token, times in Counter(draw.seen).items() if draw.penalised else ():
+        value = float(changed_V[token])
+        value = value / draw.repetition_penalty if value > 0 else value * draw.repetition_penalty
+        changed_V[token] = value - draw.presence_penalty - draw.frequency_penalty * times
+    for token, value in draw.bias.items():
+        changed_V[token] += value
+    if draw.mask_W is not None:
+        allowed = (draw.mask_W[:, None] >> torch.arange(32, dtype=torch.int32) & 1).flatten()[: len(changed_V)].bool()
+        changed_V = changed_V.masked_fill(~allowed, float("-inf"))
+    if bool((changed_V == float("-inf")).all()):
+        return Choice(-1, 0.0, total)
+    token = choose(changed_V, (), draw.u, temperature=draw.temperature, top_k=draw.top_k, top_p=draw.top_p, min_p=draw.min_p, repetition_penalty=1.0)
+    values, ids = logits_V.topk(top)
+    best = tuple((i, v - total) for i, v in zip(ids.tolist(), values.tolist()))
+    return Choice(token, float(logits_V[token]) - total, total, best)
 
 
 def uniform(seed: int, position: int) -> float:

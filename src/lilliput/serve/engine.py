@@ -142,20 +142,18 @@ class Engine:
 
     def _sample(self, sampled: list[Chunk], logits_NV: Tensor) -> list[tuple[int, float]]:
         """(token, log probability) of each row. The random number's key is the token's position."""
-        totals = logits_NV.logsumexp(-1).tolist()
-        out = []
-        for chunk, logits_V, total in zip(sampled, logits_NV, totals):
-            if not abs(total) < float("inf"):
-                why = f"the logits of token {chunk.stop} sum to {total}"
+        draws = []
+        for chunk in sampled:
+            request, how = self._requests[chunk.id], self._requests[chunk.id].sampling
+            seen = request.prompt + request.tokens if how.repetition_penalty != 1 else ()
+            u = ops.uniform(request.seed, chunk.stop) if how.temperature else 0.0
+            draws.append(ops.Draw(u, how.temperature, how.top_k, how.top_p, how.min_p, how.repetition_penalty, seen=seen))
+        choices = ops.choose_rows(logits_NV, draws)
+        for chunk, choice in zip(sampled, choices):
+            if choice.token < 0:
+                why = f"the logits of token {chunk.stop} sum to {choice.total}"
                 raise UserError("the model answers with numbers that are not finite", why, "check the model's weights")
-            request = self._requests[chunk.id]
-            how = request.sampling
-            token = ops.choose(
-                logits_V, request.prompt + request.tokens, ops.uniform(request.seed, chunk.stop),
-                temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, min_p=how.min_p, repetition_penalty=how.repetition_penalty,
-            )  # fmt: skip
-            out.append((token, float(logits_V[token]) - total))
-        return out
+        return [(choice.token, choice.logprob) for choice in choices]
 
     def _commit(self, chunk: Chunk, choice: tuple[int, float] | None, deltas: list[Delta]) -> None:
         self.scheduler.commit(chunk, sampled=choice is not None)
