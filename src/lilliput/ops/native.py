@@ -85,7 +85,8 @@ def threads(count: int) -> None:
 
 
 @cache
-def _library() -> Any:
+def library() -> Any:
+    """The torch.library that holds the ops `lilliput::...`."""
     import torch
 
     return torch.library.Library("lilliput", "DEF")
@@ -98,8 +99,8 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> An
     """
     import torch
 
-    library, name = _library(), schema.partition("(")[0]
-    library.define(schema)
-    library.impl(name, run, "CPU")
-    torch.library.register_fake(f"lilliput::{name}", fake, lib=library)
+    holder, name = library(), schema.partition("(")[0]
+    holder.define(schema)
+    holder.impl(name, run, "CPU")
+    torch.library.register_fake(f"lilliput::{name}", fake, lib=holder)
     return getattr(torch.ops.lilliput, name).default

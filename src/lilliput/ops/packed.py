@@ -14,7 +14,6 @@ and multiplies in torch: right, slow, and bench says so. SBI-GeMM: Aminabadi et 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -109,7 +108,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activ
         flat = flat.contiguous()
     if add_to is None:
         numbers = FORMATS.index(weight.format), weight.outputs, weight.group, OFFSETS.index(weight.offset)
-        return _op()(flat, weight.data, weight.scales, weight.offsets, *numbers, bias, int8).view(*x.shape[:-1], weight.outputs)
+        return LINEAR(flat, weight.data, weight.scales, weight.offsets, *numbers, bias, int8).view(*x.shape[:-1], weight.outputs)
     assert add_to.is_contiguous(), "add_to must be contiguous"
     _multiply(flat, weight, bias, int8, add_to.view(-1, weight.outputs), True)
     return add_to
@@ -155,7 +154,5 @@ def _fake(x: Tensor, data: Tensor, scales: Tensor | None, offsets: Tensor | None
     return x.new_empty(x.shape[0], outputs)
 
 
-@cache
-def _op() -> Any:
-    return native.define("linear_packed(Tensor x, Tensor data, Tensor? scales, Tensor? offsets, int format, int outputs, int group, int offset, "
-                         "Tensor? bias, bool int8) -> Tensor", _run, _fake)  # fmt: skip
+LINEAR = native.define("linear_packed(Tensor x, Tensor data, Tensor? scales, Tensor? offsets, int format, int outputs, int group, int offset, "
+                       "Tensor? bias, bool int8) -> Tensor", _run, _fake)  # fmt: skip

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -125,10 +124,8 @@ def _fake(plan: int, tokens: Tensor | None, hidden: Tensor, positions: Tensor, c
     return hidden.new_empty(sampled.shape[0], _plans[plan].vocab)
 
 
-@cache
-def _op() -> Any:
-    return native.define("decoder_step(int plan, Tensor? tokens, Tensor(a!) hidden, Tensor positions, Tensor cu_q, Tensor lengths, Tensor tables, "
-                         "Tensor sampled, int first, int last) -> Tensor", _run, _fake)  # fmt: skip
+STEP = native.define("decoder_step(int plan, Tensor? tokens, Tensor(a!) hidden, Tensor positions, Tensor cu_q, Tensor lengths, Tensor tables, "
+                     "Tensor sampled, int first, int last) -> Tensor", _run, _fake)  # fmt: skip
 
 
 def decoder_step(
@@ -146,7 +143,7 @@ def decoder_step(
     if hidden_RC is None:
         hidden_RC = torch.empty(positions_R.shape[0], plan.dim)
     if reduce is None:
-        return hidden_RC, _op()(plan.handle, tokens_R, hidden_RC, positions_R, cu_q, lengths, tables, sampled_N, first, last)
+        return hidden_RC, STEP(plan.handle, tokens_R, hidden_RC, positions_R, cu_q, lengths, tables, sampled_N, first, last)
     return hidden_RC, _run(plan.handle, tokens_R, hidden_RC, positions_R, cu_q, lengths, tables, sampled_N, first, last, _hook(reduce))
 
 

@@ -1,0 +1,238 @@
+#include "flash.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "pool.h"
+
+namespace lilliput {
+namespace {
+
+constexpr int T = FLASH_TILE;
+const float NONE = -std::numeric_limits<float>::infinity();
+
+// Scratch that stays with its thread: a fresh allocation of this size would be mapped and faulted in page by page at every call.
+struct Kept {
+  float* data = nullptr;
+  size_t count = 0;
+  float* room(size_t wanted) {
+    if (wanted > count) {
+      std::free(data);
+      data = static_cast<float*>(std::aligned_alloc(64, (wanted * 4 + 63) / 64 * 64));
+      if (!data) { count = 0; throw std::bad_alloc(); }
+      count = wanted;
+    }
+    return data;
+  }
+  ~Kept() { std::free(data); }
+};
+thread_local Kept kept_keys, kept_values, kept_tiles, kept_delta;
+
+struct Problem {  // one sequence
+  const float *q, *k, *v, *o, *d_o;
+  float *out, *dq, *dk, *dv;
+  int queries, keys;
+  const float* logsum;
+  float* logsum_out;
+  long logsum_head;
+  long panels;  // where its transposed tiles begin, in tiles
+};
+
+int tiles(int count) { return (count + T - 1) / T; }
+
+struct Job {
+  const FlashShape& s;
+  const FlashMask& m;
+  std::vector<Problem> problems;
+  long panels = 0;  // key tiles over all problems
+
+  Job(const FlashShape& shape, const FlashMask& mask) : s(shape), m(mask) {
+    int rows = s.cu_q ? s.cu_q[s.batch] : 0;
+    for (int b = 0; b < s.batch; b++) {
+      Problem p{};
+      p.queries = s.cu_q ? s.cu_q[b + 1] - s.cu_q[b] : s.queries;
+      p.keys = s.cu_k ? s.cu_k[b + 1] - s.cu_k[b] : s.keys;
+      p.logsum_head = s.cu_q ? rows : s.queries;
+      p.panels = panels;
+      panels += tiles(p.keys);
+      problems.push_back(p);
+    }
+  }
+  long at(const long batch, const long row, int b, const int32_t* cu) const { return cu ? long(cu[b]) * row : b * batch; }
+  long sums(int b) const { return s.cu_q ? s.cu_q[b] : long(b) * s.heads * s.queries; }
+
+  // Key tiles [first, last) that a block of queries can see: the rest is skipped, sinks apart.
+  void range(const Problem& p, int block, int& first, int& last) const {
+    const int behind = p.keys - p.queries, low = block * T + behind, high = std::min(p.queries, (block + 1) * T) - 1 + behind;
+    first = 0;
+    last = tiles(p.keys);
+    if (m.causal) last = std::min(last, high < 0 ? 0 : high / T + 1);
+    if (m.window && low - m.window + 1 > 0) first = std::min((low - m.window + 1) / T, last);
+  }
+  bool visible(const Problem& p, int block, int tile) const {
+    int first, last;
+    range(p, block, first, last);
+    return tile < last && (tile >= first || (m.window && tile * T < m.sinks));
+  }
+
+  FlashTile tile(const Problem& p, int head, int block, int key_tile, const View& q, const View& k, const View& v) const {
+    FlashTile t{};
+    t.rows = std::min(T, p.queries - block * T);
+    t.keys = std::min(T, p.keys - key_tile * T);
+    t.first_query = block * T + p.keys - p.queries;
+    t.first_key = key_tile * T;
+    t.dim = s.dim; t.value_dim = s.value_dim;
+    t.mask = m;
+    t.slope = m.slopes ? m.slopes[head] : 0;
+    const int kv = head / (s.heads / s.kv_heads);
+    t.q = p.q + head * q.head + long(block) * T * q.row; t.q_row = q.row;
+    t.k = p.k + kv * k.head + long(key_tile) * T * k.row; t.k_row = k.row;
+    t.v = p.v + kv * v.head + long(key_tile) * T * v.row; t.v_row = v.row;
+    return t;
+  }
+
+  // Transposed tiles of keys (or values) for all kv heads: [kv_head][panel][dim][64].
+  const float* transposed(const View& x, int dim, bool values) const {
+    float* to = (values ? kept_values : kept_keys).room(static_cast<size_t>(s.kv_heads) * static_cast<size_t>(panels) * static_cast<size_t>(dim) * T);
+    parallel(int(panels) * s.kv_heads, [&](int task, int) {
+      const int head = task / int(panels);
+      const long panel = task % panels;
+      const Problem& p = *(std::upper_bound(problems.begin(), problems.end(), panel, [](long at, const Problem& one) { return at < one.panels; }) - 1);
+      const long key = (panel - p.panels) * T;
+      flash().transpose((values ? p.v : p.k) + head * x.head + key * x.row, x.row, std::min(T, int(p.keys - key)), dim,
+                        to + (long(head) * panels + panel) * dim * T);
+    });
+    return to;
+  }
+};
+
+struct Block { int problem, head, block; };
+
+// Blocks of queries, the longest causal ones first, so that no thread is left with one at the end.
+std::vector<Block> blocks_of(const Job& job) {
+  std::vector<Block> blocks;
+  for (int b = 0; b < job.s.batch; b++)
+    for (int h = 0; h < job.s.heads; h++)
+      for (int i = tiles(job.problems[size_t(b)].queries) - 1; i >= 0; i--) blocks.push_back({b, h, i});
+  std::stable_sort(blocks.begin(), blocks.end(), [](const Block& a, const Block& b) { return a.block > b.block; });
+  return blocks;
+}
+
+}  // namespace
+
+void flash_forward(const FlashShape& s, const FlashMask& m, View q, View k, View v, Out o, float* logsum) {
+  Job job(s, m);
+  for (int b = 0; b < s.batch; b++) {
+    Problem& p = job.problems[size_t(b)];
+    p.q = q.data + job.at(q.batch, q.row, b, s.cu_q); p.k = k.data + job.at(k.batch, k.row, b, s.cu_k); p.v = v.data + job.at(v.batch, v.row, b, s.cu_k);
+    p.out = o.data + job.at(o.batch, o.row, b, s.cu_q);
+    p.logsum_out = logsum + job.sums(b);
+  }
+  const float* kt = job.transposed(k, s.dim, false);
+  const std::vector<Block> blocks = blocks_of(job);
+  float* scratch = kept_tiles.room(static_cast<size_t>(threads()) * size_t(T * T + 2 * T + T * s.value_dim));
+  parallel(int(blocks.size()), [&](int task, int worker) {
+    const Block& at = blocks[size_t(task)];
+    const Problem& p = job.problems[size_t(at.problem)];
+    float* mine = scratch + long(worker) * (T * T + 2 * T + T * s.value_dim);
+    float *run_m = mine + T * T, *run_l = run_m + T, *run_o = run_l + T;
+    std::fill(run_m, run_m + T, NONE);
+    std::fill(run_l, run_o + T * s.value_dim, 0.0f);
+    int first, last;
+    job.range(p, at.block, first, last);
+    const int kv = at.head / (s.heads / s.kv_heads), rows = std::min(T, p.queries - at.block * T);
+    const auto pass = [&](int tile) {
+      FlashTile t = job.tile(p, at.head, at.block, tile, q, k, v);
+      t.kt = kt + (long(kv) * job.panels + p.panels + tile) * s.dim * T;
+      flash().forward(t, mine, run_m, run_l, run_o);
+    };
+    if (m.window) for (int tile = 0; tile < first && tile * T < m.sinks; tile++) pass(tile);
+    for (int tile = first; tile < last; tile++) pass(tile);
+    flash().finish(run_m, run_l, run_o, rows, s.value_dim, p.out + at.head * o.head + long(at.block) * T * o.row, o.row,
+                   p.logsum_out + at.head * p.logsum_head + at.block * T);
+  });
+}
+
+void flash_backward(const FlashShape& s, const FlashMask& m, View q, View k, View v, View o, View d_o, const float* logsum, Out dq, Out dk, Out dv) {
+  Job job(s, m);
+  long rows = 0;
+  for (int b = 0; b < s.batch; b++) {
+    Problem& p = job.problems[size_t(b)];
+    p.q = q.data + job.at(q.batch, q.row, b, s.cu_q); p.k = k.data + job.at(k.batch, k.row, b, s.cu_k); p.v = v.data + job.at(v.batch, v.row, b, s.cu_k);
+    p.o = o.data + job.at(o.batch, o.row, b, s.cu_q); p.d_o = d_o.data + job.at(d_o.batch, d_o.row, b, s.cu_q);
+    p.dq = dq.data + job.at(dq.batch, dq.row, b, s.cu_q); p.dk = dk.data + job.at(dk.batch, dk.row, b, s.cu_k); p.dv = dv.data + job.at(dv.batch, dv.row, b, s.cu_k);
+    p.logsum = logsum + job.sums(b);
+    rows += p.queries;
+  }
+  float* delta = kept_delta.room(static_cast<size_t>(rows * s.heads));
+  const std::vector<Block> blocks = blocks_of(job);
+  parallel(int(blocks.size()), [&](int task, int) {
+    const Block& at = blocks[size_t(task)];
+    const Problem& p = job.problems[size_t(at.problem)];
+    const long row = long(at.block) * T;
+    flash().rowsum(p.o + at.head * o.head + row * o.row, o.row, p.d_o + at.head * d_o.head + row * d_o.row, d_o.row, std::min(T, int(p.queries - row)), s.value_dim,
+                   delta + (p.logsum - logsum) + at.head * p.logsum_head + row);
+    for (int r = 0; r < std::min(T, int(p.queries - row)); r++) {
+      float* to = p.dq + at.head * dq.head + (row + r) * dq.row;
+      std::fill(to, to + s.dim, 0.0f);
+    }
+  });
+  const int group = s.heads / s.kv_heads;
+  float* scratch = kept_tiles.room(static_cast<size_t>(threads()) * size_t(2 * T * T + T * (s.dim + s.value_dim)));
+  const auto one = [&](const Problem& p, int head, int block, int tile, const float* kt, const float* vt, float* mine, bool want_q, bool want_k) {
+    FlashTile t = job.tile(p, head, block, tile, q, k, v);
+    t.kt = kt; t.vt = vt;
+    const long row = long(block) * T, key = long(tile) * T, kv = head / group;
+    flash().backward(t, p.d_o + head * d_o.head + row * d_o.row, d_o.row, p.logsum + head * p.logsum_head + row,
+                     delta + (p.logsum - logsum) + head * p.logsum_head + row, mine, mine + T * T, want_q ? p.dq + head * dq.head + row * dq.row : nullptr, dq.row,
+                     want_k ? p.dk + kv * dk.head + key * dk.row : nullptr, dk.row, want_k ? p.dv + kv * dv.head + key * dv.row : nullptr, dv.row);
+  };
+  // All of a kv head's key tiles in rising order: dQ, dK and dV in one pass.
+  const auto keys_of = [&](const Problem& p, int kv, int tile, float* mine, bool want_q) {
+    float *kt = mine + 2 * T * T, *vt = kt + T * s.dim;
+    const long key = long(tile) * T;
+    const int count = std::min(T, int(p.keys - key));
+    flash().transpose(p.k + kv * k.head + key * k.row, k.row, count, s.dim, kt);
+    flash().transpose(p.v + kv * v.head + key * v.row, v.row, count, s.value_dim, vt);
+    for (int r = 0; r < count; r++) {
+      std::fill(p.dk + kv * dk.head + (key + r) * dk.row, p.dk + kv * dk.head + (key + r) * dk.row + s.dim, 0.0f);
+      std::fill(p.dv + kv * dv.head + (key + r) * dv.row, p.dv + kv * dv.head + (key + r) * dv.row + s.value_dim, 0.0f);
+    }
+    for (int head = kv * group; head < (kv + 1) * group; head++)
+      for (int block = 0; block < tiles(p.queries); block++)
+        if (job.visible(p, block, tile)) one(p, head, block, tile, kt, vt, mine, want_q, true);
+  };
+  const long each = 2 * T * T + T * (s.dim + s.value_dim);
+  if (s.batch * s.kv_heads >= 2 * threads()) {
+    parallel(s.batch * s.kv_heads, [&](int task, int worker) {
+      const Problem& p = job.problems[size_t(task / s.kv_heads)];
+      for (int tile = 0; tile < tiles(p.keys); tile++) keys_of(p, task % s.kv_heads, tile, scratch + worker * each, true);
+    });
+    return;
+  }
+  // Too few heads for the threads: key tiles are tasks, and dQ is a pass of its own (its sums run over tiles in the same order).
+  struct Part { int problem, kv, tile; };
+  std::vector<Part> parts;
+  for (int b = 0; b < s.batch; b++)
+    for (int kv = 0; kv < s.kv_heads; kv++)
+      for (int tile = 0; tile < tiles(job.problems[size_t(b)].keys); tile++) parts.push_back({b, kv, tile});
+  parallel(int(parts.size()), [&](int task, int worker) {
+    const Part& part = parts[size_t(task)];
+    keys_of(job.problems[size_t(part.problem)], part.kv, part.tile, scratch + worker * each, false);
+  });
+  const float *kt = job.transposed(k, s.dim, false), *vt = job.transposed(v, s.value_dim, true);
+  parallel(int(blocks.size()), [&](int task, int worker) {
+    const Block& at = blocks[size_t(task)];
+    const Problem& p = job.problems[size_t(at.problem)];
+    for (int tile = 0; tile < tiles(p.keys); tile++) {
+      if (!job.visible(p, at.block, tile)) continue;
+      const long panel = long(at.head / group) * job.panels + p.panels + tile;
+      one(p, at.head, at.block, tile, kt + panel * s.dim * T, vt + panel * s.value_dim * T, scratch + worker * each, true, false);
+    }
+  });
+}
+
+}  // namespace lilliput

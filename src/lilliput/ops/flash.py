@@ -1,0 +1,153 @@
+"""FlashAttention-2: exact attention, forward and backward, that never holds a row of scores longer than a tile.
+
+Queries pass over tiles of 64 keys with a running maximum m and sum l; the division by l comes once, at the end. Forward keeps O and
+L = m + log l beside its inputs: memory grows with S, not S^2. Backward computes P = exp(S - L) again, tile by tile:
+
+    dV += P^T dO      dS = P * (dO V^T - rowsum(dO * O))      dK += dS^T Q      dQ += dS K
+
+Causal masks skip hidden tiles whole and mask only those on the diagonal. Key heads are shared by groups (GQA), their gradients summed
+over the group in a fixed order: gradients are the same bits for any number of threads. ALiBi, sliding windows with sinks, and packed
+sequences (cu_seqlens). Only O(S) extra memory for the transposed keys. When not: tiny sequences, where the calls cost more.
+
+Dao 2023, arXiv 2307.08691, section 3.1. On CUDA: ops/triton/flash.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lilliput.ops import native
+
+LARGEST = 256  # head dimension
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the compiled kernels cannot take these tensors; None when they can."""
+    if native.module() is None:
+        return native.missing()
+    if q.device.type != "cpu" or not q.dtype == k.dtype == v.dtype == torch.float32:
+        return f"flash takes fp32 on the CPU, got {q.dtype}, {k.dtype}, {v.dtype} on {q.device.type}"
+    if max(q.shape[-1], v.shape[-1]) > LARGEST:
+        return f"flash takes heads of at most {LARGEST} numbers, got {max(q.shape[-1], v.shape[-1])}"
+    if q.dim() == 4 and not q.shape[0] == k.shape[0] == v.shape[0]:
+        return "flash broadcasts no batch"
+    return None
+
+
+def attention(
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool, window: int | None = None, sinks: int = 0, scale: float | None = None,
+    slopes_H: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """[B, H, T, D] over [B, G, S, D] -> [B, H, T, D of v], whose memory lies as [B, T, H, D]: joining the heads copies nothing.
+
+    Queries lie at the end of the keys. window: a query sees itself, window - 1 keys before it and the first `sinks`; it needs causal.
+    slopes_H: ALiBi, slope * (key - query) joins the scores. A query that sees nothing answers 0. Call `supports` before.
+    """
+    return FORWARD(_rows(q_BHTD), _rows(k_BGSD), _rows(v_BGSD), None, None, causal, window or 0, sinks, _scale(q_BHTD, scale), slopes_H)[0]
+
+
+def attention_varlen(
+    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, cu_q: Tensor, cu_k: Tensor, *, causal: bool, window: int | None = None, sinks: int = 0,
+    scale: float | None = None, slopes_H: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Packed sequences: rows cu_q[s]..cu_q[s + 1] of q over rows cu_k[s]..cu_k[s + 1] of k and v (int32) -> [T, H, D of v]."""
+    q, k, v = (_rows(x.transpose(0, 1)[None]) for x in (q_THD, k_TGD, v_TGD))
+    cu_q, cu_k = (c.to(torch.int32).contiguous() for c in (cu_q, cu_k))
+    return FORWARD(q, k, v, cu_q, cu_k, causal, window or 0, sinks, _scale(q_THD, scale), slopes_H)[0][0].transpose(0, 1)
+
+
+def reference(
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool, window: int | None = None, sinks: int = 0, scale: float | None = None,
+    slopes_H: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same by plain torch, differentiable: (O, L), L = log sum exp of each query's scores [B, H, T]."""
+    group, queries, keys = q_BHTD.shape[1] // k_BGSD.shape[1], q_BHTD.shape[2], k_BGSD.shape[2]
+    k, v = k_BGSD.repeat_interleave(group, 1), v_BGSD.repeat_interleave(group, 1)
+    ahead = torch.arange(keys) - torch.arange(keys - queries, keys)[:, None]
+    scores = q_BHTD @ k.transpose(-1, -2) * _scale(q_BHTD, scale)
+    if slopes_H is not None:
+        scores = scores + slopes_H.to(scores.dtype)[:, None, None] * ahead
+    seen = torch.ones_like(ahead, dtype=torch.bool)
+    if causal:
+        seen &= ahead <= 0
+    if window is not None:
+        seen &= (ahead > -window) | (torch.arange(keys) < sinks)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    return scores.softmax(-1).masked_fill(~seen, 0.0).nan_to_num(0.0) @ v, scores.logsumexp(-1)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strided(x_BHTD: Tensor) -> tuple[int, int, int, int]:
+    return x_BHTD.data_ptr(), *x_BHTD.stride()[:3]
+
+
+def _like(rows_of: Tensor, dim: int) -> Tensor:
+    """Empty [B, H, T, dim] whose memory lies as [B, T, H, dim]."""
+    batch, heads, rows, _ = rows_of.shape
+    return rows_of.new_empty(batch, rows, heads, dim).transpose(1, 2)
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, window: int, sinks: int, scale: float,
+          slopes: Tensor | None) -> tuple[Any, Any]:  # fmt: skip
+    module = native.module()
+    assert slopes is None or (slopes.dtype == torch.float32 and slopes.is_contiguous()), "slopes must be contiguous fp32"
+    packed = (0, 0) if cu_q is None or cu_k is None else (cu_q.data_ptr(), cu_k.data_ptr())
+    batch = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
+    shape = module.FlashShape(batch, q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.shape[2], k.shape[2], *packed)
+    return shape, module.FlashMask(causal, window, sinks, scale, 0 if slopes is None else slopes.data_ptr())
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, window: int, sinks: int, scale: float,
+             slopes: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    o, logsum = _like(q, v.shape[3]), q.new_empty(q.shape[:3])
+    if q.numel():
+        native.module().flash_forward(*_call(q, k, v, cu_q, cu_k, causal, window, sinks, scale, slopes), *map(_strided, (q, k, v, o)), logsum.data_ptr())
+    return o, logsum
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _like(q, v.shape[3]), q.new_empty(q.shape[:3])
+
+
+def _backward(d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsum: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, window: int,
+              sinks: int, scale: float, slopes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = _like(q, q.shape[3]), _like(k, k.shape[3]), _like(v, v.shape[3])
+    if not q.numel() or not k.numel():
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    views = map(_strided, (q, k, v, o, _rows(d_o)))
+    shape = _call(q, k, v, cu_q, cu_k, causal, window, sinks, scale, slopes)
+    native.module().flash_backward(*shape, *views, logsum.data_ptr(), *map(_strided, (dq, dk, dv)))
+    return dq, dk, dv
+
+
+def _fake_backward(d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(q, q.shape[3]), _like(k, k.shape[3]), _like(v, v.shape[3])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_q, cu_k, *ctx.numbers, slopes = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, slopes)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, d_o: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, o, logsum, cu_q, cu_k, slopes = ctx.saved_tensors
+    gradients = BACKWARD(_rows(d_o), q, k, v, o, logsum, cu_q, cu_k, *ctx.numbers, slopes)
+    return (*gradients, *[None] * 7)
+
+
+_HOW = "Tensor? cu_q, Tensor? cu_k, bool causal, int window, int sinks, float scale, Tensor? slopes"
+FORWARD = native.define(f"flash_forward(Tensor q, Tensor k, Tensor v, {_HOW}) -> (Tensor, Tensor)", _forward, _fake_forward)
+BACKWARD = native.define(f"flash_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor logsum, {_HOW}) -> (Tensor, Tensor, Tensor)",
+                         _backward, _fake_backward)  # fmt: skip
+torch.library.register_autograd("lilliput::flash_forward", _gradients, setup_context=_save, lib=native.library())
