@@ -27,8 +27,8 @@ void bind_flash(nb::module_& m) {
   m.def("flash_forward", [](const FlashShape& s, const FlashMask& mask, Strided q, Strided k, Strided v, Strided o, Address logsum) {
     flash_forward(s, mask, view(q), view(k), view(v), out(o), at<float>(logsum));
   }, Released());
-  m.def("flash_backward", [](const FlashShape& s, const FlashMask& mask, Strided q, Strided k, Strided v, Strided o, Strided d_o, Address logsum, Strided dq, Strided dk,
-                             Strided dv) {
+  m.def("flash_backward", [](const FlashShape& s, const FlashMask& mask, Strided q, Strided k, Strided v, Strided o, Strided d_o, Address logsum, Strided dq,
+                             Strided dk, Strided dv) {
     flash_backward(s, mask, view(q), view(k), view(v), view(o), view(d_o), at<float>(logsum), out(dq), out(dk), out(dv));
   }, Released());
 }

@@ -20,7 +20,8 @@ using Asked = std::tuple<Numbers, Ids, Ids, Ids, std::vector<float>, Address>;
 nb::object choose(Address logits, long stride, int vocab, const std::vector<Asked>& asked, int top_count, Address top_ids, Address top_logprobs) {
   std::vector<SampleRow> how;
   for (const auto& [n, seen, times, bias_ids, bias, mask] : asked) {
-    if (n.size() != 8 || seen.size() != times.size() || bias_ids.size() != bias.size()) throw nb::value_error("a request is 8 numbers and lists of equal length");
+    if (n.size() != 8 || seen.size() != times.size()
+        || bias_ids.size() != bias.size()) throw nb::value_error("a request is 8 numbers and lists of equal length");
     for (const Ids* ids : {&seen, &bias_ids})
       for (const int32_t id : *ids) if (id < 0 || id >= vocab) throw nb::value_error("a token id is outside the vocabulary");
     how.push_back({n[0], n[2], n[3], n[4], n[5], n[6], n[7], int(n[1]), int(seen.size()), int(bias_ids.size()), seen.data(), times.data(), bias_ids.data(),

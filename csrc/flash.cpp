@@ -163,7 +163,8 @@ void flash_backward(const FlashShape& s, const FlashMask& m, View q, View k, Vie
     Problem& p = job.problems[size_t(b)];
     p.q = q.data + job.at(q.batch, q.row, b, s.cu_q); p.k = k.data + job.at(k.batch, k.row, b, s.cu_k); p.v = v.data + job.at(v.batch, v.row, b, s.cu_k);
     p.o = o.data + job.at(o.batch, o.row, b, s.cu_q); p.d_o = d_o.data + job.at(d_o.batch, d_o.row, b, s.cu_q);
-    p.dq = dq.data + job.at(dq.batch, dq.row, b, s.cu_q); p.dk = dk.data + job.at(dk.batch, dk.row, b, s.cu_k); p.dv = dv.data + job.at(dv.batch, dv.row, b, s.cu_k);
+    p.dq = dq.data + job.at(dq.batch, dq.row, b, s.cu_q); p.dk = dk.data + job.at(dk.batch, dk.row, b, s.cu_k); p.dv = dv.data + job.at(dv.batch,
+        dv.row, b, s.cu_k);
     p.logsum = logsum + job.sums(b);
     rows += p.queries;
   }
@@ -173,7 +174,8 @@ void flash_backward(const FlashShape& s, const FlashMask& m, View q, View k, Vie
     const Block& at = blocks[size_t(task)];
     const Problem& p = job.problems[size_t(at.problem)];
     const long row = long(at.block) * T;
-    flash().rowsum(p.o + at.head * o.head + row * o.row, o.row, p.d_o + at.head * d_o.head + row * d_o.row, d_o.row, std::min(T, int(p.queries - row)), s.value_dim,
+    flash().rowsum(p.o + at.head * o.head + row * o.row, o.row, p.d_o + at.head * d_o.head + row * d_o.row, d_o.row, std::min(T,
+        int(p.queries - row)), s.value_dim,
                    delta + (p.logsum - logsum) + at.head * p.logsum_head + row);
     for (int r = 0; r < std::min(T, int(p.queries - row)); r++) {
       float* to = p.dq + at.head * dq.head + (row + r) * dq.row;
@@ -187,7 +189,8 @@ void flash_backward(const FlashShape& s, const FlashMask& m, View q, View k, Vie
     t.kt = kt; t.vt = vt;
     const long row = long(block) * T, key = long(tile) * T, kv = head / group;
     flash().backward(t, p.d_o + head * d_o.head + row * d_o.row, d_o.row, p.logsum + head * p.logsum_head + row,
-                     delta + (p.logsum - logsum) + head * p.logsum_head + row, mine, mine + T * T, want_q ? p.dq + head * dq.head + row * dq.row : nullptr, dq.row,
+                     delta + (p.logsum - logsum) + head * p.logsum_head + row, mine, mine + T * T, want_q ? p.dq + head * dq.head + row * dq.row
+                         : nullptr, dq.row,
                      want_k ? p.dk + kv * dk.head + key * dk.row : nullptr, dk.row, want_k ? p.dv + kv * dv.head + key * dv.row : nullptr, dv.row);
   };
   // All of a kv head's key tiles in rising order: dQ, dK and dV in one pass.

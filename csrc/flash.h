@@ -56,7 +56,8 @@ struct FlashKernels {
   void (*finish)(const float* m, const float* l, const float* o, int rows, int value_dim, float* to, long to_row, float* logsum);
   void (*rowsum)(const float* o, long o_row, const float* d_o, long do_row, int rows, int value_dim, float* delta);
   // p, ds: scratch [64][64]. Null dq, or null dk and dv: not wanted.
-  void (*backward)(const FlashTile& t, const float* d_o, long do_row, const float* logsum, const float* delta, float* p, float* ds, float* dq, long dq_row, float* dk,
+  void (*backward)(const FlashTile& t, const float* d_o, long do_row, const float* logsum, const float* delta, float* p, float* ds, float* dq,
+      long dq_row, float* dk,
                    long dk_row, float* dv, long dv_row);
 };
 LILLIPUT_DISPATCH(FlashKernels, flash)

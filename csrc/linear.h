@@ -47,7 +47,8 @@ struct IntKernels {
   void (*tile)(const Weight& w, const Rows8& x, int row0, int row1, int panel0, int panel1, const float* bias, float* y, long y_stride, bool add);
 };
 struct FloatKernels {
-  void (*tile)(const Weight& w, const float* x, long x_stride, int row0, int row1, int panel0, int panel1, const float* bias, float* y, long y_stride, bool add);
+  void (*tile)(const Weight& w, const float* x, long x_stride, int row0, int row1, int panel0, int panel1, const float* bias, float* y,
+      long y_stride, bool add);
 };
 LILLIPUT_DISPATCH(IntKernels, linear_int)      // formats W8, Q4
 LILLIPUT_DISPATCH(FloatKernels, linear_float)  // every format: weights are widened to fp32, x stays fp32

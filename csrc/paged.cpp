@@ -39,7 +39,8 @@ PagedTask prepare(Rows& r, const Part& part, const KvCache& c, const PagedBatch&
       paged().scale(q + (part.first_query + i) * q_stride + long(part.kv_head * group + g) * d, o.scale, r.q.data() + long(row) * d, d);
       r.limit[size_t(row)] = part.first_query + i + behind + 1;
     }
-  return {&c, &o, b.tables + long(part.sequence) * b.table_stride, part.kv_head, rows, r.q.data(), r.limit.data(), r.m.data(), r.l.data(), r.o.data(), r.scratch.data()};
+  return {&c, &o, b.tables + long(part.sequence) * b.table_stride, part.kv_head, rows, r.q.data(), r.limit.data(), r.m.data(), r.l.data(),
+      r.o.data(), r.scratch.data()};
 }
 
 }  // namespace

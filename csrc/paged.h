@@ -52,7 +52,8 @@ struct PagedOptions {
 void paged_write(const KvCache& cache, const PagedBatch& batch, const float* k, const float* v, long stride);
 
 // q, o: [rows][heads * head_dim], rows q_stride and o_stride floats apart.
-void paged_attention(const KvCache& cache, const PagedBatch& batch, const PagedOptions& options, int heads, const float* q, long q_stride, float* o, long o_stride);
+void paged_attention(const KvCache& cache, const PagedBatch& batch, const PagedOptions& options, int heads, const float* q, long q_stride, float* o,
+    long o_stride);
 
 constexpr int SEGMENT = 256, KEY_TILE = 64;
 

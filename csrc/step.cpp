@@ -172,7 +172,8 @@ void Plan::logits(const float* x, const int32_t* sampled, int count, float* out)
 namespace {
 float half(uint16_t h) {
   const int exponent = h >> 10 & 31, mantissa = h & 1023;
-  const float value = exponent == 31 ? (mantissa ? NAN : INFINITY) : exponent ? std::ldexp(float(1024 + mantissa), exponent - 25) : std::ldexp(float(mantissa), -24);
+  const float value = exponent == 31 ? (mantissa ? NAN : INFINITY) : exponent ? std::ldexp(float(1024 + mantissa), exponent - 25)
+      : std::ldexp(float(mantissa), -24);
   return h >> 15 ? -value : value;
 }
 }  // namespace

@@ -148,7 +148,8 @@ void rowsum(const float* o, long o_row, const float* d_o, long do_row, int rows,
   }
 }
 
-void backward(const FlashTile& t, const float* d_o, long do_row, const float* logsum, const float* delta, float* p, float* ds, float* dq, long dq_row, float* dk,
+void backward(const FlashTile& t, const float* d_o, long do_row, const float* logsum, const float* delta, float* p, float* ds, float* dq,
+    long dq_row, float* dk,
               long dk_row, float* dv, long dv_row) {
   scores(t.q, t.q_row, t.kt, t.rows, T, t.dim, p);
   scores(d_o, do_row, t.vt, t.rows, T, t.value_dim, ds);

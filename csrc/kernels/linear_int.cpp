@@ -164,8 +164,9 @@ void block(const Weight& w, const Rows8& x, int row, int panel, const float* bia
       for (int j = 0; j < NP; j++) acc[i][j] = begin(start);
     }
 #if defined(__AVX2__)
-    for (int j = 0; j < NP; j++)  // the next panels begin where these end
-      for (int b = 0; b < size * (F == W8 ? PANEL : PANEL / 2) && MR == 1; b += 64) _mm_prefetch(reinterpret_cast<const char*>(s[j].data) + g * size * (F == W8 ? PANEL : PANEL / 2) + b + 2048, _MM_HINT_T0);
+    constexpr int EACH = F == W8 ? PANEL : PANEL / 2;  // bytes of an input; one row is bound by memory, and the next panel begins where this one ends
+    for (int j = 0; MR == 1 && j < NP; j++)
+      for (int b = 0; b < size * EACH; b += 64) _mm_prefetch(reinterpret_cast<const char*>(s[j].data) + long(g) * size * EACH + b + 2048, _MM_HINT_T0);
 #endif
     dots<MR, NP, F>(acc, s, rows, g * size, g * size + size);
     for (int j = 0; j < NP; j++)

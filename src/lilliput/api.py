@@ -169,7 +169,7 @@ def measure(job: Job, show: Show, model: LanguageModel | None = None) -> list[Pe
 
     opened = loop.open_tasks(job.eval)
     if model is None:  # as it is served where the job says so, else the plain model
-        model = load_job(job.top, job.serve if job.settings.given("serve") else Serve(runner="eager"))
+        model = load_job(job.top, job.serve if job.settings.given("serve") else Job.load(serve={"runner": "eager"}).serve)
     return loop.evaluate(model.module, model.tokenizer, opened, job.eval, show)
 
 

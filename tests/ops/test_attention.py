@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lilliput.base.errors import UserError
+from lilliput.ops import native
 from lilliput.ops.attention import BACKENDS, attend, choose, visible
 
 
@@ -33,20 +34,28 @@ def random(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+HERE = [name for name in BACKENDS if name != "flash" or native.module()]
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 2), st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]), st.integers(1, 7), st.integers(0, 6), st.sampled_from([2, 8]),
-       st.booleans(), st.one_of(st.none(), st.integers(1, 9)), st.booleans(), st.sampled_from(list(BACKENDS)), st.integers(0, 1000))
+       st.booleans(), st.one_of(st.none(), st.integers(1, 9)), st.booleans(), st.sampled_from(HERE), st.integers(0, 1000))
 def test_equals_the_formula(batch: int, heads: tuple[int, int], queries: int, before: int, dim: int, causal: bool, window: int | None, masked: bool,
                             backend: str, seed: int) -> None:
     window = window if causal else None
     q, k, v = random((batch, heads[0], queries, dim), seed), random((batch, heads[1], queries + before, dim), seed + 1), \
         random((batch, heads[1], queries + before, dim), seed + 2)
-    mask = random((batch, 1, queries, queries + before), seed + 3) > -0.5 if masked else None
+    mask = random((batch, 1, queries, queries + before), seed + 3) > -0.5 if masked and backend != "flash" else None
+    if backend == "flash" and queries == 1:  # refused: see test_choice_has_a_reason_and_refusals_are_told
+        backend = "auto"
     got = attend(q, k, v, causal=causal, window=window, mask=mask, backend=backend)
     torch.testing.assert_close(got, naive(q, k, v, causal, window, mask, 1 / math.sqrt(dim)), atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+MASKED = [name for name in BACKENDS if name != "flash"]
+
+
+@pytest.mark.parametrize("backend", MASKED)
 def test_a_query_that_sees_nothing_answers_zero(backend: str) -> None:
     q, k, v = (random((1, 2, 3, 4), seed) for seed in range(3))
     mask = torch.ones(3, 3, dtype=torch.bool)
@@ -58,16 +67,16 @@ def test_a_query_that_sees_nothing_answers_zero(backend: str) -> None:
 @pytest.mark.parametrize("window", [None, 5])
 def test_backends_agree_forward_and_backward(window: int | None, device: str) -> None:
     grads = []
-    for backend in BACKENDS:
+    for backend in BACKENDS if device == "cpu" and native.module() else MASKED:
         q, k, v = (random(shape, seed).to(device).requires_grad_() for seed, shape in enumerate([(2, 6, 20, 16), (2, 2, 20, 16), (2, 2, 20, 16)]))
         out = attend(q, k, v, causal=True, window=window, backend=backend)
         out.backward(random(tuple(out.shape), 9).to(device))
         grads.append((out, q.grad, k.grad, v.grad))
-    for one, other in zip(*grads, strict=True):
+    for one, other in ((one, other) for later in grads[1:] for one, other in zip(grads[0], later, strict=True)):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MASKED)
 def test_added_masks_and_scale(backend: str) -> None:
     q, k, v = (random((1, 2, 4, 4), seed) for seed in range(3))
     bias = random((4, 4), 5)
@@ -88,7 +97,10 @@ def test_visible() -> None:
 
 def test_choice_has_a_reason_and_refusals_are_told() -> None:
     q, k = random((1, 1, 2, 4), 0), random((1, 1, 2, 4), 1)
-    assert choose(q, k, k) == ("sdpa", "first choice")
+    name, reason = choose(q, k, k)
+    assert (name, reason) == ("flash", "first choice") if native.module() else (name == "sdpa" and "not built" in reason)
+    assert choose(q[:, :, :1], k, k) == ("sdpa", "flash works on tiles of queries, this is one")
+    assert choose(q, k, k, mask=torch.zeros(2, 2))[0] == "sdpa"
     name, reason = choose(q, k.double(), k.double())
     assert name == "reference" and "float64" in reason
     with pytest.raises(UserError, match="sdpa"):

@@ -144,5 +144,6 @@ def test_the_op_is_a_good_torch_citizen() -> None:
 
 @pytest.mark.parametrize("what", ["double", "wide", "meta"])
 def test_refusals(what: str) -> None:
-    q = torch.randn(1, 1, 2, 300 if what == "wide" else 8, dtype=torch.float64 if what == "double" else torch.float32, device="meta" if what == "meta" else "cpu")
+    dtype = torch.float64 if what == "double" else torch.float32
+    q = torch.randn(1, 1, 2, 300 if what == "wide" else 8, dtype=dtype, device="meta" if what == "meta" else "cpu")
     assert flash.supports(q, q, q) is not None

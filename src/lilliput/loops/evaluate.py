@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lilliput.base.show import Show
     from lilliput.data.tokenizer import Tokenizer
     from lilliput.models.decoder import Decoder
+    from lilliput.models.native import NativeDecoder
 
 Window = tuple[int, int, int]  # first token, first scored token, end
 
@@ -74,8 +75,9 @@ def spans(tokens: int, window: int, stride: int) -> Iterator[Window]:
 
 
 def perplexity(
-    model: Decoder | NativeDecoder, tokens: Sequence[int], *, window: int = 1024, stride: int | None = None, batch: int = 4, limit: int = 0, show: Show | None = None
-) -> Perplexity:
+    model: Decoder | NativeDecoder, tokens: Sequence[int], *, window: int = 1024, stride: int | None = None, batch: int = 4, limit: int = 0,
+    show: Show | None = None,
+) -> Perplexity:  # fmt: skip
     """Perplexity of token ids. stride None = window. limit: windows at most (0 = all). batch: windows in one forward.
 
     UserError when the window is longer than the model's context or the stride than the window, and for a text of less than two tokens.
@@ -149,7 +151,9 @@ def open_tasks(settings: Eval) -> Opened:
     return Opened(text, {name: (str(file), tasks.read_questions(name, file, settings.limit)) for name, file in files.items()})
 
 
-def evaluate(model: Decoder | NativeDecoder, tokenizer: Tokenizer, opened: Opened, settings: Eval, show: Show | None = None) -> list[Perplexity | tasks.TaskResult]:
+def evaluate(
+    model: Decoder | NativeDecoder, tokenizer: Tokenizer, opened: Opened, settings: Eval, show: Show | None = None
+) -> list[Perplexity | tasks.TaskResult]:
     """Measure what was opened, perplexity first, then the tasks in their order."""
     results: list[Perplexity | tasks.TaskResult] = []
     if opened.text is not None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from lilliput.data.tokenizer import Tokenizer
     from lilliput.models.decoder import Attend, Decoder
+    from lilliput.models.native import NativeDecoder
 
 HEAD_ROWS = 256  # hidden states through the head at a time
 
@@ -66,7 +67,7 @@ def beginning(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(start) if start == [tokenizer.bos_id] else ()
 
 
-def score(model: Decoder, groups: Sequence[Sequence[Pair]], batch: int, advance: Callable[[int], None] | None = None) -> list[list[Score]]:
+def score(model: Decoder | NativeDecoder, groups: Sequence[Sequence[Pair]], batch: int, advance: Callable[[int], None] | None = None) -> list[list[Score]]:
     """Scores of every pair, in their order. Pairs of a group share a row; `batch` rows in one forward.
 
     Contexts too long for the model lose their oldest tokens. `advance(n)` is told of n more groups that are done.
@@ -74,6 +75,11 @@ def score(model: Decoder, groups: Sequence[Sequence[Pair]], batch: int, advance:
     """
     import torch
 
+    from lilliput.models.native import NativeDecoder
+
+    if isinstance(model, NativeDecoder) and any(len(group) > 1 for group in groups):  # its attention has no branches: a pair is a row of its own
+        alone = iter(score(model, [[pair] for group in groups for pair in group], batch, advance))
+        return [[next(alone)[0] for _ in group] for group in groups]
     rows = [_Row([_fit(pair, model.facts.context) for pair in group]) for group in groups]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
     found: list[list[Score]] = [[] for _ in rows]
@@ -87,7 +93,7 @@ def score(model: Decoder, groups: Sequence[Sequence[Pair]], batch: int, advance:
     return found
 
 
-def token_logprobs(model: Decoder, h_NC: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+def token_logprobs(model: Decoder | NativeDecoder, h_NC: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     """(log-probability fp32 [N], whether the target is the most likely token [N]) of targets under the head of hidden states."""
     import torch
 
@@ -126,8 +132,10 @@ class _Row:
             self.branches += [number] * (len(text) - 1 - shared)
 
 
-def _forward(model: Decoder, rows: Sequence[_Row]) -> list[list[Score]]:
+def _forward(model: Decoder | NativeDecoder, rows: Sequence[_Row]) -> list[list[Score]]:
     import torch
+
+    from lilliput.models.native import NativeDecoder
 
     device = model.device
     longest = max(len(row.tokens) for row in rows)
@@ -135,7 +143,10 @@ def _forward(model: Decoder, rows: Sequence[_Row]) -> list[list[Score]]:
     tokens_BT, positions_BT = pad((row.tokens for row in rows), 0), pad((row.positions for row in rows), 0)
     branches_BT = pad((row.branches for row in rows), -1)
     branched = any(row.branches[-1] for row in rows)
-    h_BTC = model.hidden(tokens_BT, positions_BT, attend=_branches(positions_BT, branches_BT) if branched else None)
+    if isinstance(model, NativeDecoder):
+        h_BTC = model.hidden(tokens_BT)
+    else:
+        h_BTC = model.hidden(tokens_BT, positions_BT, attend=_branches(positions_BT, branches_BT) if branched else None)
     wanted = [(b, i, token) for b, row in enumerate(rows) for where, what in row.predicts for i, token in zip(where, what)]
     row_N, index_N, target_N = torch.tensor(wanted, device=device).unbind(1)
     logprob_N, greedy_N = token_logprobs(model, h_BTC[row_N, index_N], target_N)

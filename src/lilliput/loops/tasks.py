@@ -175,8 +175,9 @@ def run_task(model: Decoder, tokenizer: Tokenizer, task: str, path: str | Path, 
 
 
 def answer(
-    model: Decoder, tokenizer: Tokenizer, questions: Sequence[Question], *, batch: int = 4, show: Show | None = None, label: str = "questions"
-) -> list[list[Score]]:
+    model: Decoder | NativeDecoder, tokenizer: Tokenizer, questions: Sequence[Question], *, batch: int = 4, show: Show | None = None,
+    label: str = "questions",
+) -> list[list[Score]]:  # fmt: skip
     """The score of every choice of every question."""
     groups: list[list[Pair]] = [[encode_pair(tokenizer, *choice) for choice in question.choices] for question in questions]
     if show is None:

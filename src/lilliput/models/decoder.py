@@ -28,7 +28,7 @@ from lilliput.models.facts import facts
 from lilliput.models.layers import Embedding, Head, LayerNorm, Linear, RMSNorm
 from lilliput.models.spec import DecoderSpec
 from lilliput.ops.attention import attend as attention
-from lilliput.ops.attention import visible
+from lilliput.ops.attention import choose, visible
 from lilliput.ops.dropout import Counter, Dropout
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, int | None], Tensor]
@@ -187,13 +187,21 @@ class Decoder(nn.Module):
             self.get_parameter(name).copy_(init_tensor(name, shape, seed, self.spec))
 
     def _causal(self, tokens: int, like: Tensor) -> Attend:
-        """Causal attention; the mask of a window that cuts is made once, as floats, and shared by the layers."""
+        """Causal attention. A backend without windows gets a mask, made once, as floats, and shared by the layers."""
         window = self.spec.window
         if window is None or tokens <= window:
             return lambda layer, q, k, v, _: attention(q, k, v, causal=True)
-        seen = visible(tokens, tokens, window, like.device)
-        mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
-        return lambda layer, q, k, v, own: attention(q, k, v, causal=own is None, mask=None if own is None else mask)
+        masks: list[Tensor] = []
+
+        def see(layer: int, q: Tensor, k: Tensor, v: Tensor, own: int | None) -> Tensor:
+            if own is None or choose(q, k, v)[0] == "flash":
+                return attention(q, k, v, causal=True, window=own)
+            if not masks:
+                seen = visible(tokens, tokens, window, like.device)
+                masks.append(torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf")))
+            return attention(q, k, v, causal=False, mask=masks[0])
+
+        return see
 
 
 def init_tensor(name: str, shape: tuple[int, ...], seed: int, spec: DecoderSpec) -> Tensor:

@@ -12,6 +12,7 @@ from functools import partial
 
 from lilliput.base.facts import Activation, Facts, KVShape
 from lilliput.models.spec import DecoderSpec
+from lilliput.ops import native
 
 ROWS, TP = ("sp", "cp"), ("tp", "cp")  # mesh axes that divide a term: per-token rows, or rows of heads and hidden units
 
@@ -114,7 +115,7 @@ def activations(spec: DecoderSpec, sequences: int, tokens: int, element: int) ->
     ]
     if spec.positions == "rope":
         model.append(Activation("rope tables", 2 * tokens * spec.head_dim * element, "model", divided_by=("cp",)))
-    if spec.window is not None and tokens > spec.window:
+    if spec.window is not None and tokens > spec.window and native.missing():  # compiled attention takes windows as numbers
         model.append(Activation("window mask", tokens * tokens * element, "model", divided_by=("cp",)))
     kept_bytes = sum(a.size for a in model) + spec.layers * sum(a.size for a in block)
     return [*block, *(a for a in model if a.size), *_transients(spec, rows, element, kept_bytes)]

@@ -24,8 +24,8 @@ from lilliput.base.errors import UserError
 from lilliput.models import rope
 from lilliput.models.facts import facts
 from lilliput.ops import codecs, float_codecs, native
-from lilliput.ops.packed import PackedWeight
 from lilliput.ops.paged import KvStore
+from lilliput.ops.panels import PackedWeight
 from lilliput.ops.step import POST, PRE, StepPlan, decoder_step
 
 if TYPE_CHECKING:

@@ -4,10 +4,11 @@ Queries lie at the END of the keys: with 3 queries and 10 keys, causal lets quer
 aligns at the start; that differs as soon as there is a cache.) window = W: a query sees itself and W - 1 keys before it.
 Query heads share key heads in groups (GQA): head h reads key head h // (H / G). A query that sees nothing answers 0.
 
-    reference   plain torch, [B, H, T, S] scores in memory; the oracle
+    flash       FlashAttention-2 (ops/flash.py), compiled; training and prompts
     sdpa        torch's scaled_dot_product_attention; its CPU flash kernel keeps no scores
+    reference   plain torch, [B, H, T, S] scores in memory; the oracle
 
-More backends (native, flash, paged) join BACKENDS and state in `supports` what they cannot take.
+Backends state in `supports` what they cannot take. Attention over a paged cache is ops/paged.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lilliput.base.errors import UserError, did_you_mean
+from lilliput.ops import flash
 
 
 def visible(queries: int, keys: int, window: int | None, device: torch.device | str) -> Tensor:
@@ -26,6 +28,20 @@ def visible(queries: int, keys: int, window: int | None, device: torch.device | 
     ahead = torch.arange(keys, device=device) - torch.arange(keys - queries, keys, device=device).unsqueeze(1)
     seen = ahead <= 0
     return seen if window is None else seen & (ahead > -window)
+
+
+class Flash:
+    """The compiled FlashAttention-2."""
+
+    name = "flash"
+
+    def supports(self, **arguments: Any) -> str | None:
+        """Refuses masks, and single queries, which are quicker without tiles."""
+        if arguments["mask"] is not None:
+            return "flash takes causal masks and windows, no explicit ones"
+        if arguments["q"].shape[2] == 1:
+            return "flash works on tiles of queries, this is one"
+        return flash.supports(arguments["q"], arguments["k"], arguments["v"])
 
 
 class Reference:
@@ -67,7 +83,7 @@ class Sdpa:
         return F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
-BACKENDS = {backend.name: backend for backend in (Sdpa(), Reference())}  # in order of preference
+BACKENDS: dict[str, Any] = {backend.name: backend for backend in (Flash(), Sdpa(), Reference())}  # in order of preference
 
 
 def _overlay(mask: Tensor | None, seen: Tensor) -> Tensor:
@@ -76,11 +92,11 @@ def _overlay(mask: Tensor | None, seen: Tensor) -> Tensor:
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
 
 
-def choose(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[str, str]:
+def choose(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor | None = None) -> tuple[str, str]:
     """(backend name, reason): the first of BACKENDS that takes these tensors, with why the ones before it do not."""
     refusals: list[str] = []
     for name, backend in BACKENDS.items():
-        refusal = backend.supports(q=q_BHTD, k=k_BGSD, v=v_BGSD)
+        refusal = backend.supports(q=q_BHTD, k=k_BGSD, v=v_BGSD, mask=mask)
         if refusal is None:
             return name, "; ".join(refusals) or "first choice"
         refusals.append(refusal)
@@ -104,6 +120,13 @@ def attend(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool, wind
         raise UserError(f"{queries} queries over {keys} keys", "causal queries lie at the end of the keys", "pass at least as many keys as queries")
     if window is not None and window >= keys:
         window = None
+    scale = q_BHTD.shape[-1] ** -0.5 if scale is None else scale
+    name = choose(q_BHTD, k_BGSD, v_BGSD, mask)[0] if backend == "auto" else backend
+    refusal = BACKENDS[name].supports(q=q_BHTD, k=k_BGSD, v=v_BGSD, mask=mask)
+    if refusal is not None:
+        raise UserError(f"attention backend `{name}` cannot take these tensors", refusal, 'pass backend="auto"')
+    if name == "flash":
+        return flash.attention(q_BHTD, k_BGSD, v_BGSD, causal=causal, window=window, scale=scale)
     if causal and mask is None and window is not None and queries == 1:  # one new token: its keys are a slice, no mask at all
         k_BGSD, v_BGSD, causal = k_BGSD[:, :, -window:], v_BGSD[:, :, -window:], False
     elif causal and (mask is not None or window is not None or 1 < queries < keys):
@@ -111,8 +134,4 @@ def attend(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool, wind
         mask, causal = _overlay(mask, seen), False
     elif queries == 1:
         causal = False
-    name = choose(q_BHTD, k_BGSD, v_BGSD)[0] if backend == "auto" else backend
-    refusal = BACKENDS[name].supports(q=q_BHTD, k=k_BGSD, v=v_BGSD)
-    if refusal is not None:
-        raise UserError(f"attention backend `{name}` cannot take these tensors", refusal, 'pass backend="auto"')
-    return BACKENDS[name].run(q_BHTD, k_BGSD, v_BGSD, mask, causal, q_BHTD.shape[-1] ** -0.5 if scale is None else scale)
+    return BACKENDS[name].run(q_BHTD, k_BGSD, v_BGSD, mask, causal, scale)

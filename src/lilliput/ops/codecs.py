@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lilliput.base.errors import UserError
-from lilliput.ops.packed import PANEL, PackedWeight, group_tensor, panels, rows
+from lilliput.ops.panels import PackedWeight, group_tensor, panels, rows
 
 GROUPS = (32, 64, 128)
 GGUF_BLOCKS = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}  # bytes of a block of 32

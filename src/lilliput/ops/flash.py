@@ -88,7 +88,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _strided(x_BHTD: Tensor) -> tuple[int, int, int, int]:
-    return x_BHTD.data_ptr(), *x_BHTD.stride()[:3]
+    batch, head, row, _ = x_BHTD.stride()
+    return x_BHTD.data_ptr(), batch, head, row
 
 
 def _like(rows_of: Tensor, dim: int) -> Tensor:

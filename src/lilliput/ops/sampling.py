@@ -80,7 +80,7 @@ def choose_rows(logits_NV: Tensor, draws: Sequence[Draw], top: int = 0) -> list[
         asked.append((numbers, list(times), list(times.values()), list(draw.bias), list(draw.bias.values()), mask))
     found = native.module().choose(logits_NV.data_ptr(), logits_NV.stride(0), vocab, asked, top, ids.data_ptr(), logprobs.data_ptr())
     tops = [tuple(zip(i, p)) for i, p in zip(ids.tolist(), logprobs.tolist())] if top else [()] * count
-    return [Choice(*one, best) for one, best in zip(found, tops)]
+    return [Choice(token, logprob, total, best) for (token, logprob, total), best in zip(found, tops)]
 
 
 def _choose_row(logits_V: Tensor, draw: Draw, top: int) -> Choice:

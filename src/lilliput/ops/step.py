@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from lilliput.ops import native
-from lilliput.ops.packed import PackedWeight
 from lilliput.ops.paged import KvStore
+from lilliput.ops.panels import PackedWeight
 
 REGIONS = ("qkv", "rotate", "attend", "out", "up", "down", "norm_1", "norm_2")  # csrc/step.h: enum Region
 PRE = ("qkv", "rotate", "attend", "out", "up", "down")

@@ -21,10 +21,10 @@ from lilliput.base import hardware, registry
 from lilliput.base.errors import DoesNotFit, UserError
 from lilliput.base.protocols import Runner
 from lilliput.data.tokenizer import Tokenizer
+from lilliput.models.native import NativeDecoder
 from lilliput.ops import sampling as ops
 from lilliput.serve.blocks import BLOCK, BlockPool, blocks_for
 from lilliput.serve.request import Completion, Delta, Request, Sampling
-from lilliput.models.native import NativeDecoder
 from lilliput.serve.runners.eager import Eager
 from lilliput.serve.runners.native import Native
 from lilliput.serve.scheduler import Chunk, Scheduler

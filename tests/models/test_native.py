@@ -1,0 +1,125 @@
+"""The lowered decoder against the eager one: every family, every storage, ranges of layers, the reduce hook."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lilliput.base.errors import UserError
+from lilliput.models.decoder import Decoder
+from lilliput.models.native import NativeDecoder, supports
+from lilliput.models.spec import DecoderSpec, Rope
+from lilliput.ops import native
+from lilliput.ops.paged import KvStore
+from lilliput.ops.step import decoder_step
+
+pytestmark = pytest.mark.skipif(native.module() is None, reason=str(native.missing()))
+LEVELS = native.levels()
+LLAMA = DecoderSpec("llama", vocab=131, dim=64, layers=3, heads=4, kv_heads=2, head_dim=16, ffn=96, context=128)
+GPT2 = replace(LLAMA, family="gpt2", kv_heads=4, ffn=256, norm="layer", positions="learned", activation="gelu_tanh", qkv_bias=True, o_bias=True,
+               mlp_bias=True, tied=True)  # fmt: skip
+SPECS = {
+    "llama": LLAMA,
+    "llama tied, scaled": replace(LLAMA, tied=True, rope=Rope(kind="llama3", factor=8.0, original_context=32)),
+    "mistral": replace(LLAMA, family="mistral", window=5),
+    "qwen2": replace(LLAMA, family="qwen2", qkv_bias=True, tied=True, window=7, window_layers=(False, True, True)),
+    "qwen3": replace(LLAMA, family="qwen3", qk_norm=True, head_dim=24),
+    "gpt2": GPT2,
+    "gpt2 exact gelu": replace(GPT2, activation="gelu"),
+    "opt": replace(GPT2, family="opt", activation="relu"),
+    "opt-350m": replace(GPT2, family="opt", activation="relu", norm_place="post", embed_dim=32),
+}
+
+
+def eager(spec: DecoderSpec) -> Decoder:
+    model = Decoder(spec).eval()
+    model.init_weights(7)
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases away from 1 and 0, matrices large enough to matter
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.05)
+    return model
+
+
+def lowered(model: Decoder, weights: str = "fp32") -> NativeDecoder:
+    return NativeDecoder(model.spec, lambda name: model.get_parameter(name).detach(), weights=weights)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", SPECS)
+def test_logits_equal_the_eager_model(name: str, level: str) -> None:
+    model = eager(SPECS[name])
+    tokens = torch.randint(0, 131, (2, 23), generator=torch.Generator().manual_seed(0))
+    with native.using(level), torch.inference_mode():
+        torch.testing.assert_close(lowered(model)(tokens), model(tokens), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("weights", "bound"), [("fp16", 2e-3), ("w8", 0.05), ("fp8", 0.12), ("q4", 0.35), ("nf4", 0.3)])
+def test_storages_stay_near(weights: str, bound: float) -> None:
+    """Relative error of the logits; each is also smaller in memory than the one before it allows."""
+    model = eager(LLAMA)
+    tokens = torch.arange(20)[None]
+    with torch.inference_mode():
+        want, small = model(tokens), lowered(model, weights)
+        assert float((small(tokens) - want).norm() / want.norm()) < bound
+    assert small.bytes < {"fp16": 0.51, "w8": 0.31, "fp8": 0.36, "q4": 0.16, "nf4": 0.27}[weights] * lowered(model).bytes * 1.3
+
+
+def whole_step(model: NativeDecoder, tokens: list[int], **how):
+    store = KvStore(layers=model.spec.layers, blocks=4, kv_heads=model.spec.kv_heads, head_dim=model.spec.head_dim)
+    model.plan.cache(store)
+    count = len(tokens)
+    int32 = lambda numbers: torch.tensor(numbers, dtype=torch.int32)
+    batch = {"positions_R": torch.arange(count, dtype=torch.int32), "cu_q": int32([0, count]), "lengths": int32([count]), "tables": int32([[2, 0, 1, 3]]),
+             "sampled_N": int32([count - 1])}  # fmt: skip
+    return decoder_step, int32(tokens), batch | how
+
+
+def test_layers_in_ranges_are_the_whole() -> None:
+    """[0, 1) then [1, 3), hidden states between: bit-equal to one call. What pipelines and streaming do."""
+    model = lowered(eager(LLAMA))
+    step, tokens, batch = whole_step(model, list(range(20)))
+    _, want = step(model.plan, tokens, None, **batch)
+    hidden, _ = step(model.plan, tokens, None, layers=(0, 1), **batch)
+    _, got = step(model.plan, None, hidden, layers=(1, 3), **batch)
+    assert torch.equal(got, want)
+
+
+def test_reduce_sees_every_partial_sum() -> None:
+    """Halving partial sums twice over, as two ranks with equal parts would: called after O and after down of each layer, and in place."""
+    model = lowered(eager(LLAMA))
+    step, tokens, batch = whole_step(model, list(range(9)))
+    _, want = step(model.plan, tokens, None, **batch)
+    calls = []
+
+    def reduce(partial: torch.Tensor) -> None:
+        calls.append(partial.numel())
+        partial.mul_(0.5)
+        partial.mul_(2)
+
+    _, got = step(model.plan, tokens, None, reduce=reduce, **batch)
+    assert calls == [9 * 64] * 6 and torch.allclose(got, want, atol=1e-5)
+    _, other = step(model.plan, tokens, None, reduce=lambda partial: partial.zero_(), **batch)
+    assert not torch.allclose(other, want, atol=1e-2)
+
+
+def test_an_exception_in_reduce_comes_through() -> None:
+    model = lowered(eager(LLAMA))
+    step, tokens, batch = whole_step(model, [1, 2])
+
+    def broken(partial: torch.Tensor) -> None:
+        raise RuntimeError("the link is down")
+
+    with pytest.raises(RuntimeError, match="the link is down"):
+        step(model.plan, tokens, None, reduce=broken, **batch)
+
+
+def test_refusals() -> None:
+    assert supports(LLAMA, "cpu") is None
+    assert "CPUs" in str(supports(LLAMA, "cuda:0"))
+    assert "300" in str(supports(replace(LLAMA, head_dim=300), "cpu"))
+    with pytest.raises(UserError, match="unknown storage `int3`"):
+        lowered(eager(LLAMA), "int3")
+    with pytest.raises(UserError, match="cannot be stored as q4"):
+        lowered(eager(replace(LLAMA, dim=40)), "q4")

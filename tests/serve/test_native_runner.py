@@ -1,0 +1,72 @@
+"""The native runner under the engine: the eager runner's tokens, bit-equal answers alone and in a crowd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lilliput.models.decoder import Decoder
+from lilliput.models.native import NativeDecoder
+from lilliput.models.spec import DecoderSpec
+from lilliput.ops import native
+from lilliput.serve.blocks import BlockPool
+from lilliput.serve.runners.eager import Eager
+from lilliput.serve.runners.native import Native
+from lilliput.serve.scheduler import Chunk
+
+pytestmark = pytest.mark.skipif(native.module() is None, reason=str(native.missing()))
+SPEC = DecoderSpec("llama", vocab=97, dim=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=96, context=512)
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    made = Decoder(SPEC).eval()
+    made.init_weights(3)
+    return made
+
+
+def lowered(model: Decoder, weights: str = "fp32") -> NativeDecoder:
+    return NativeDecoder(SPEC, lambda name: model.get_parameter(name).detach(), weights=weights)  # type: ignore[arg-type]
+
+
+def chunk(id: int, start: int, stop: int, table: list[int], known: int) -> Chunk:
+    return Chunk(id, start, stop, stop == known, table)
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 97, (n,), generator=generator).tolist() for n in (40, 1, 17, 300)]
+
+
+def tables(pool: BlockPool) -> list[list[int]]:
+    return [pool.alloc(-(-len(p) // 16) + 1) for p in prompts()]
+
+
+def test_chunks_and_single_tokens_as_the_eager_runner(model: Decoder) -> None:
+    pool = BlockPool(40)
+    places = tables(pool)
+    runners = Eager(model, pool.total), Native(lowered(model), pool.total)
+    steps = [[(0, 0, 30), (1, 0, 1)], [(0, 30, 40), (2, 0, 17), (3, 0, 100)], [(3, 100, 300)]]
+    for step in steps:
+        batch = [(chunk(i, a, b, places[i], len(prompts()[i])), prompts()[i][a:b]) for i, a, b in step]
+        eager, ours = (runner.forward(batch) for runner in runners)
+        torch.testing.assert_close(ours, eager, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("weights", "kv"), [("fp32", "fp32"), ("q4", "int8"), ("w8", "fp16"), ("nf4", "int4")])
+def test_bit_equal_alone_in_a_crowd_and_in_chunks(model: Decoder, weights: str, kv: str) -> None:
+    pool = BlockPool(40)
+    places, texts = tables(pool), prompts()
+    runner = Native(lowered(model, weights), pool.total, kv)
+    crowd = runner.forward([(chunk(i, 0, len(p), places[i], len(p)), p) for i, p in enumerate(texts)])
+    for i, p in enumerate(texts):
+        for cut in {len(p), min(len(p), 13), max(1, len(p) - 1)}:
+            for start in range(0, len(p), cut):
+                stop = min(start + cut, len(p))
+                alone = runner.forward([(chunk(i, start, stop, places[i], len(p)), p[start:stop])])
+            assert torch.equal(alone[0], crowd[i]), f"prompt of {len(p)} in chunks of {cut}"
+
+
+def test_a_step_without_samples_gives_no_logits(model: Decoder) -> None:
+    runner = Native(lowered(model), 8)
+    assert runner.forward([(Chunk(0, 0, 5, False, [0]), [1, 2, 3, 4, 5])]).shape == (0, 97)
