@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint docs bench clean
+NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/kernels/*.cpp)
+
+.PHONY: demo test test-slow test-sanitize lint docs bench clean
 
 demo: $(READY)  ## plan, chat, fine-tune, evaluate, chat again on the default model (SHORT=1: fewer steps)
 	$(BIN)/python demo/demo.py $(if $(SHORT),--short)
@@ -25,7 +27,15 @@ docs: $(READY)  ## the generated pages of docs/
 bench: $(READY)  ## make bench X=decode_vs_transformers
 	$(BIN)/python benchmarks/$(X).py $(ARGS)
 
-$(READY): pyproject.toml constraints.txt
+test-sanitize: $(READY)  ## the kernel tests under AddressSanitizer and UBSan, with a build of their own
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DLILLIPUT_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(BIN)/cmake --build build/sanitize
+	rm -rf build/sanitized && mkdir -p build/sanitized && cp -r src/lilliput build/sanitized/ && cp build/sanitize/_native*.so build/sanitized/lilliput/ops/
+	PYTHONPATH=build/sanitized LILLIPUT_REDIRECT=off OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		$(BIN)/python -m pytest $(KERNEL_TESTS) -k "not citizen" -p no:cacheprovider $(ARGS)
+
+$(READY): pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
