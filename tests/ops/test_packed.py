@@ -43,7 +43,7 @@ def test_equals_reference_for_every_number_of_rows(name: str, level: str) -> Non
             weight, x, bias = make(torch.randn(outputs, inputs), name), torch.randn(rows, inputs) * 10, torch.randn(outputs)
             for way in ways(weight):
                 got, want = packed.linear(x, weight, bias, activations=way), packed.reference(x.double().float(), weight, bias, way == "int8")
-                torch.testing.assert_close(got, want, atol=3e-6 * float(want.abs().max() if rows else 1), rtol=1e-5, msg=lambda m: f"{rows, outputs, inputs} {way}: {m}")
+                torch.testing.assert_close(got, want, atol=3e-6 * float(want.abs().max() if rows else 1), rtol=1e-5)
                 added = packed.linear(x, weight, bias, activations=way, add_to=torch.ones(rows, outputs))
                 assert torch.equal(added, 1 + got)
 
@@ -195,4 +195,5 @@ def test_minus_128_is_refused() -> None:
 @needs_native
 def test_the_op_is_a_good_torch_citizen() -> None:
     weight = codecs.quantize_q4(torch.randn(20, 64), 32)
-    torch.library.opcheck(packed.LINEAR, (torch.randn(3, 64), weight.data, weight.scales, None, 3, 20, 32, 0, None, True), test_utils=("test_schema", "test_faketensor"))
+    arguments = torch.randn(3, 64), weight.data, weight.scales, None, 3, 20, 32, 0, None, True
+    torch.library.opcheck(packed.LINEAR, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -58,6 +58,12 @@ def isa() -> str | None:
     return os.environ.get("LILLIPUT_ISA") or None
 
 
+def native_path() -> Path | None:
+    """LILLIPUT_NATIVE: a build of the native kernels to load in place of the installed one (sanitizers, experiments); None when unset."""
+    path = os.environ.get("LILLIPUT_NATIVE")
+    return Path(path) if path else None
+
+
 def visible_gpus() -> tuple[str, ...] | None:
     """CUDA_VISIBLE_DEVICES: indices or UUIDs of the GPUs that may be used, in order; None when unset (all of them)."""
     text = os.environ.get("CUDA_VISIBLE_DEVICES")

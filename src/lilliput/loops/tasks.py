@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lilliput.base.show import Show
     from lilliput.data.tokenizer import Tokenizer
     from lilliput.models.decoder import Decoder
+    from lilliput.models.native import NativeDecoder
 
 ENDINGS = (".json", ".jsonl")
 

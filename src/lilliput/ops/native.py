@@ -11,16 +11,17 @@ A kernel runs on the pool of csrc/pool.h, whose threads are `threads(n)` and not
 from __future__ import annotations
 
 import importlib
-import os
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from lilliput.base import env
+from lilliput.base import env, hardware
 from lilliput.base.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import ModuleType
 
 LEVELS = ("scalar", "avx2", "avx512")  # in the order of csrc/isa.h
@@ -29,7 +30,7 @@ LEVELS = ("scalar", "avx2", "avx512")  # in the order of csrc/isa.h
 @cache
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        module = importlib.import_module("lilliput.ops._native")
+        module = _from_file(path) if (path := env.native_path()) else importlib.import_module("lilliput.ops._native")
     except ModuleNotFoundError as error:
         if error.name != "lilliput.ops._native":
             raise
@@ -43,7 +44,18 @@ def _load() -> tuple[ModuleType | None, str]:
         if not module.set_level(LEVELS.index(wanted)):
             best = LEVELS[module.best_level()]
             raise UserError(f"this machine cannot run LILLIPUT_ISA={wanted}", f"its best instruction set is {best}", f"export LILLIPUT_ISA={best}")
+    module.set_threads(hardware.cpus())
     return module, ""
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UserError(f"there is no native build at {path}", "LILLIPUT_NATIVE names it", "unset LILLIPUT_NATIVE")
+    spec = importlib.util.spec_from_file_location("lilliput.ops._native", path)
+    assert spec is not None and spec.loader is not None, f"{path} is no extension module"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def module() -> Any:
@@ -79,9 +91,9 @@ def using(name: str) -> Iterator[None]:
 
 
 def threads(count: int) -> None:
-    """Threads of every kernel from now on, the caller's own included. Nothing without kernels."""
+    """Threads of every kernel from now on, the caller's own included; what the cgroup allows before this is called. Nothing without kernels."""
     if module() is not None:
-        module().set_threads(min(count, os.cpu_count() or count))
+        module().set_threads(count)
 
 
 @cache

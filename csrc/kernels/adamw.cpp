@@ -1,0 +1,55 @@
+#include "adamw.h"
+
+#include "vec.h"
+
+namespace lilliput {
+namespace LILLIPUT_ISA { namespace {
+
+LP_INLINE vf update(const AdamwStep& s, vf weight, vf gradient, vf& first, vf& second) {
+  first = fma(set1(1 - s.beta1), gradient - first, first);
+  second = fma(set1(1 - s.beta2) * gradient, gradient, second * set1(s.beta2));
+  const vf bottom = sqrt(second) / set1(s.root2) + set1(s.eps);
+  return weight * set1(s.decay) - set1(s.lr / s.correction1) * (first / bottom);
+}
+
+LP_INLINE void step(const AdamwStep& s, float* weight, const float* gradient, float* first, float* second, int n) {
+  vf m = n == W ? load(first) : load_n(first, n), v = n == W ? load(second) : load_n(second, n);
+  const vf g = n == W ? load(gradient) : load_n(gradient, n), w = update(s, n == W ? load(weight) : load_n(weight, n), g, m, v);
+  if (n == W) { store(weight, w); store(first, m); store(second, v); }
+  else { store_n(weight, w, n); store_n(first, m, n); store_n(second, v, n); }
+}
+
+void fp32(const AdamwStep& s, float* weight, const float* gradient, float* first, float* second, long count) {
+  for (long i = 0; i < count; i += W) step(s, weight + i, gradient + i, first + i, second + i, count - i < W ? int(count - i) : W);
+}
+
+// 16 random bits of (key, index): a round of splitmix64.
+LP_INLINE uint32_t noise(uint64_t key, uint64_t index) {
+  uint64_t z = key + (index + 1) * 0x9e3779b97f4a7c15ull;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return uint32_t((z ^ (z >> 31)) & 0xffff);
+}
+
+LP_INLINE uint16_t rounded(float x, uint32_t random) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7f800000) == 0x7f800000) return uint16_t(bits >> 16 | ((bits & 0xffff) ? 0x40 : 0));  // infinity stays, NaN stays NaN
+  return uint16_t((bits + random) >> 16);
+}
+
+void bf16(const AdamwStep& s, uint16_t* weight, const uint16_t* gradient, float* first, float* second, long from, long count) {
+  float w[W], g[W];
+  for (long i = 0; i < count; i += W) {
+    const int n = count - i < W ? int(count - i) : W;
+    for (int j = 0; j < n; j++) { w[j] = bits_float(int32_t(uint32_t(weight[i + j]) << 16)); g[j] = bits_float(int32_t(uint32_t(gradient[i + j]) << 16)); }
+    step(s, w, g, first + i, second + i, n);
+    for (int j = 0; j < n; j++) weight[i + j] = rounded(w[j], noise(s.key, uint64_t(from + i + j)));
+  }
+}
+
+}}  // namespace LILLIPUT_ISA
+
+extern const AdamwKernels LILLIPUT_TABLE(adamw) = {LILLIPUT_ISA::fp32, LILLIPUT_ISA::bf16};
+
+}  // namespace lilliput

@@ -1,0 +1,73 @@
+"""AdamW in one pass: weights, gradients and both moments are read once and written once, in tiles over the pool.
+
+    m += (1 - b1)(g - m)      v = b2 v + (1 - b2) g^2      w = (1 - lr wd) w - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+
+bf16 weights are widened, updated in fp32 and rounded stochastically in the same pass: rounding to nearest would drop every
+update below 2^-9 of the weight. Random bits are a hash of (key, index), so a resumed run draws the same ones. Every number's update
+depends on itself alone: the same bits for any tiling and any number of threads. 28 bytes a number in fp32: bound by memory.
+
+Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lilliput.ops import native
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The numbers of one update."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    step: int  # from 1
+
+
+def supports(weight: Tensor, gradient: Tensor) -> str | None:
+    """Why the extension cannot update this tensor; None when it can."""
+    if native.module() is None:
+        return native.missing()
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or gradient.dtype != weight.dtype:
+        return f"it takes fp32 or bf16 on the CPU with gradients alike, got {weight.dtype} and {gradient.dtype} on {weight.device.type}"
+    return None if weight.is_contiguous() else "it takes contiguous weights"
+
+
+@torch.no_grad()
+def update(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rule: Rule, key: int) -> None:
+    """One update of a weight and its fp32 moments, in place. key: of the rounding of bf16 weights."""
+    if supports(weight, gradient) is not None:
+        return reference(weight, gradient, first, second, rule, key)
+    b1, b2 = rule.betas
+    gradient = gradient.contiguous()
+    native.module().adamw(weight.data_ptr(), gradient.data_ptr(), first.data_ptr(), second.data_ptr(), weight.numel(), weight.dtype == torch.bfloat16,
+                          rule.lr, b1, b2, rule.eps, 1 - rule.lr * rule.weight_decay, 1 - b1**rule.step, (1 - b2**rule.step) ** 0.5, key)  # fmt: skip
+    torch.autograd.graph.increment_version((weight, first, second))  # what autograd saved of them is stale
+
+
+@torch.no_grad()
+def reference(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rule: Rule, key: int) -> None:
+    """The same by plain torch, on any device; other random bits."""
+    wide, g, (b1, b2) = weight.float(), gradient.float(), rule.betas
+    first.lerp_(g, 1 - b1)
+    second.mul_(b2).addcmul_(g, g, value=1 - b2)
+    bottom = second.sqrt() / (1 - b2**rule.step) ** 0.5 + rule.eps
+    wide = wide * (1 - rule.lr * rule.weight_decay) - rule.lr / (1 - b1**rule.step) * first / bottom
+    weight.copy_(wide if weight.dtype == torch.float32 else round_stochastic(wide, key))
+
+
+def round_stochastic(wide: Tensor, key: int) -> Tensor:
+    """fp32 -> bf16 of the same shape: up or down with probability by distance, so that the mean is the fp32 value.
+
+    The 16 bits that bf16 drops plus 16 random bits carry into the ones that stay. Infinities and NaN pass unchanged.
+    """
+    generator = torch.Generator(device=wide.device).manual_seed(key & 0x7FFFFFFFFFFFFFFF)
+    noise = torch.randint(0, 1 << 16, wide.shape, dtype=torch.int32, device=wide.device, generator=generator)
+    rounded = ((wide.view(torch.int32) + noise) & -65536).view(torch.float32)
+    return torch.where(torch.isfinite(wide), rounded, wide).to(torch.bfloat16)
