@@ -25,6 +25,7 @@ from lilliput.base.job import Job
 from lilliput.base.seeds import key
 from lilliput.base.show import Show
 from lilliput.loops.schedule import learning_rate
+from lilliput.ops import native
 
 if TYPE_CHECKING:
     from lilliput.data.tokenizer import Tokenizer
@@ -171,7 +172,9 @@ class _Loop:
 
         top, settings = self.job.top, self.job.train
         device = torch.device(pick_device(top.device))
-        torch.set_num_threads(hardware.cpus() if top.threads == "auto" else top.threads)
+        count = hardware.cpus() if top.threads == "auto" else top.threads
+        torch.set_num_threads(count)
+        native.threads(count)
         with torch.device("meta"):
             model = Decoder(spec)
         model.dropout = settings.dropout
