@@ -124,7 +124,7 @@ LP_INLINE void store_half(uint16_t* p, vf v) { for (int i = 0; i < W; i++) p[i] 
 
 // e^x. Below -87.3 it answers 0 (so that a masked score of -inf weighs nothing), above 88.7 about 3e38.
 LP_INLINE vf exp(vf x) {
-  const vf kept = min(max(x, set1(-87.33f)), set1(88.37f));
+  const vf kept = min(set1(88.37f), max(set1(-87.33f), x));  // in this order NaN stays NaN: x86 answers the second number
   const vf n = round(kept * set1(1.44269504f));
   vf r = fma(n, set1(-0.693359375f), kept);
   r = fma(n, set1(2.12194440e-4f), r);
