@@ -16,7 +16,7 @@
 namespace lilliput {
 namespace {
 
-constexpr int SPIN_US = 50;
+constexpr int SPIN_US = 100;
 
 inline void pause() {
 #if defined(__x86_64__)

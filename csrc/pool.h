@@ -2,7 +2,7 @@
 // it returns when all are done. Tasks are taken one by one from a counter, so a worker that lost its core to another process delays
 // the others by the one task it holds and no more; the caller never waits for a worker that has taken nothing.
 //
-// Workers spin for about 50 us after a region and then sleep: a decode step of 150 regions wakes them once, an idle process
+// Workers spin for about 100 us after a region and then sleep: a decode step of 150 regions wakes them once, an idle process
 // costs nothing. A second thread that calls while the pool is busy, and a call from inside a task, run alone on their caller.
 // Results must not depend on which worker runs a task. `worker` (0 = the caller) indexes scratch memory,
 // which belongs to the call: never static, since two callers can both be worker 0.

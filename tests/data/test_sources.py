@@ -124,7 +124,7 @@ def test_parquet_without_the_extra(tmp_path, monkeypatch):
         ("a.jsonl", b'{"text": "a"}\n[1]', "line 2: not a record", "a list"),
         ("a.jsonl", b"[" * 100000, "line 1: broken JSON", ""),
         ("a.txt.gz", b"not gzip", "not a whole gzip file", "gzipped"),
-        ("a.txt.gz", gzip.compress(b"hello" * 100)[:-12], "not a whole gzip file", ""),
+        ("a.txt.gz", gzip.compress(b"hello" * 100, mtime=0)[:-12], "not a whole gzip file", ""),
     ],
 )
 def test_faults_in_files(tmp_path, monkeypatch, name, content, what, why, block):

@@ -9,7 +9,8 @@ import torch
 
 from lilliput.base.errors import UserError
 from lilliput.models.decoder import Decoder
-from lilliput.models.native import NativeDecoder, supports
+from lilliput.models.load import native_refusal
+from lilliput.models.native import NativeDecoder
 from lilliput.models.spec import DecoderSpec, Rope
 from lilliput.ops import native
 from lilliput.ops.paged import KvStore
@@ -116,9 +117,9 @@ def test_an_exception_in_reduce_comes_through() -> None:
 
 
 def test_refusals() -> None:
-    assert supports(LLAMA, "cpu") is None
-    assert "CPUs" in str(supports(LLAMA, "cuda:0"))
-    assert "300" in str(supports(replace(LLAMA, head_dim=300), "cpu"))
+    assert native_refusal(LLAMA, "cpu") is None
+    assert "CPUs" in str(native_refusal(LLAMA, "cuda:0"))
+    assert "300" in str(native_refusal(replace(LLAMA, head_dim=300), "cpu"))
     with pytest.raises(UserError, match="unknown storage `int3`"):
         lowered(eager(LLAMA), "int3")
     with pytest.raises(UserError, match="cannot be stored as q4"):

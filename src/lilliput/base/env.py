@@ -70,6 +70,11 @@ def visible_gpus() -> tuple[str, ...] | None:
     return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def child(**extra: str) -> dict[str, str]:
+    """The environment of a child process: this one's, with some variables set."""
+    return {**os.environ, **extra}
+
+
 def _flag(name: str) -> bool:
     text = os.environ.get(name, "").strip().lower()
     if text not in _TRUE | _FALSE:

@@ -25,6 +25,7 @@ from lilliput.cli import common
 from lilliput.cli import plan as planning
 
 if TYPE_CHECKING:
+    from lilliput.base.config import Settings
     from lilliput.base.job import Job
     from lilliput.base.show import Show
     from lilliput.serve.engine import Engine
@@ -61,7 +62,7 @@ def chat(
     common.at_most(own, 1, 'lilliput chat "one question in quotes"')
     job = Job.load(None, [f"model={model}", *overrides] if model else overrides)
     if show_config:
-        common.show_settings(show, job.settings)
+        common.show_settings(show, settled(job))
         return OK
     if dry_run:
         return planning.present(planning.serving(job, 1, 0), show)
@@ -73,6 +74,17 @@ def chat(
     if question is not None and not raw and not question.strip():
         raise UserError("the question is empty", fix='lilliput chat "What is the capital of France?"')
     return answer(job, question, show, raw=raw)
+
+
+def settled(job: Job) -> Settings:
+    """The job's settings with the runner filled in, reason included; no weight is read."""
+    from lilliput.models.load import choose_runner, resolve_spec
+
+    if job.serve.runner != "auto":
+        return job.settings
+    settings = planning.settled(job)
+    device = str(settings.flat()["device"])
+    return settings.with_auto("serve.runner", *choose_runner(resolve_spec(job.top.model, fetch=False)[0], job.serve, device))
 
 
 def answer(job: Job, question: str | None, show: Show, raw: bool = False) -> int:

@@ -100,12 +100,14 @@ def our_fault(error: Exception) -> OurFault:
 def show_settings(show: Show, settings: Settings) -> None:
     """Print every value with its source (default, file, flag, argument, auto and its reason)."""
     from lilliput.base.config import toml_value
+    from lilliput.ops import native
 
     plain = settings.to_dict()
     values = {key: plain[key] if key in plain else plain[key.partition(".")[0]][key.partition(".")[2]] for key in settings.sources}
-    show.data({key: {"value": values[key], "source": source} for key, source in settings.sources.items()})
+    kernels = {"value": native.level(), "source": native.missing() or "auto: the best that this CPU has; attention, AdamW, decoding"}
+    show.data({key: {"value": values[key], "source": source} for key, source in settings.sources.items()} | {"kernels": kernels})
     rows = [{"key": key, "value": toml_value(values[key]), "source": source} for key, source in settings.sources.items()]
-    show.table(rows, ("key", "value", "source"))
+    show.table([*rows, {"key": "kernels", **kernels}], ("key", "value", "source"))
 
 
 def show_places(show: Show) -> None:

@@ -14,6 +14,7 @@ VERBS = {
     "chat": "lilliput.cli.chat:chat",
     "train": "lilliput.cli.train:train",
     "eval": "lilliput.cli.eval:evaluate",
+    "bench": "lilliput.cli.bench:bench",
     "plan": "lilliput.cli.plan:plan",
     "papers": "lilliput.cli.papers:papers",
 }

@@ -12,6 +12,7 @@ from lilliput.base.errors import UserError
 from lilliput.models import hub, sizes
 from lilliput.models.checkpoints import Checkpoint, materialise, open_checkpoint
 from lilliput.models.spec import DecoderSpec
+from lilliput.ops import native
 
 if TYPE_CHECKING:
     from lilliput.base.job import Serve
@@ -52,14 +53,12 @@ def load_model(name_or_path: str | Path, device: str = "auto", dtype: str = "fp3
 
 
 def choose_runner(spec: DecoderSpec, serve: Serve, device: str) -> tuple[str, str]:
-    """("native" | "eager", reason). UserError when the section asks for what cannot run here."""
-    from lilliput.models.native import supports
-
-    refusal = supports(spec, device)
+    """("native" | "eager", reason), without torch. UserError when the section asks for what cannot run here."""
+    refusal = native_refusal(spec, device)
     if serve.runner == "eager":
         return "eager", "asked for"
     if refusal is None:
-        return "native", "asked for" if serve.runner == "native" else f"compiled kernels are here ({_level()})"
+        return "native", "asked for" if serve.runner == "native" else f"compiled kernels are here ({native.level()})"
     if serve.runner == "native":
         raise UserError("serve.runner=native cannot run this model here", refusal, "serve.runner=auto")
     if serve.weights not in ("file", "fp32") or serve.kv != "fp32":
@@ -85,10 +84,13 @@ def load_to_serve(name_or_path: str | Path, serve: Serve, device: str = "auto", 
     return NativeDecoder(checkpoint.spec, checkpoint.read, checkpoint.blocks, serve.weights), tokenizer, f"native: {reason}"
 
 
-def _level() -> str:
-    from lilliput.ops import native
-
-    return native.level()
+def native_refusal(spec: DecoderSpec, device: str) -> str | None:
+    """Why this model cannot run on the compiled kernels here; None when it can."""
+    if native.missing():
+        return native.missing()
+    if not device.startswith("cpu"):
+        return f"compiled kernels run on CPUs, the device is {device}"
+    return f"heads of {spec.head_dim} are wider than 256" if spec.head_dim > 256 else None
 
 
 def pick_device(device: str) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 from lilliput.base.errors import UserError
 from lilliput.models import rope
 from lilliput.models.facts import facts
-from lilliput.ops import codecs, float_codecs, native
+from lilliput.ops import codecs, float_codecs
 from lilliput.ops.paged import KvStore
 from lilliput.ops.panels import PackedWeight
 from lilliput.ops.step import POST, PRE, StepPlan, decoder_step
@@ -37,18 +37,6 @@ Weights = Literal["file", "fp32", "fp16", "w8", "q4", "nf4", "fp8"]
 Read = Callable[[str], Tensor]  # canonical name -> fp32 tensor
 Blocks = Callable[[str], "tuple[str, np.ndarray] | None"]  # canonical name -> (GGUF type, rows of its blocks), None when there are none
 READ_AS_STORED = ("Q4_0", "Q4_1", "Q8_0")
-WINDOW = 2048  # tokens of the cache of a forward without an engine (evaluation), at least
-
-
-def supports(spec: DecoderSpec, device: str) -> str | None:
-    """Why this model cannot run on the native kernels here; None when it can."""
-    if native.module() is None:
-        return native.missing()
-    if not device.startswith("cpu"):
-        return f"native kernels run on CPUs, the device is {device}"
-    if spec.head_dim > 256:
-        return f"heads of {spec.head_dim} are wider than 256"
-    return None
 
 
 class NativeDecoder:

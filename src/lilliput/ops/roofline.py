@@ -35,7 +35,7 @@ def measure(size: int = 256 << 20, repeats: int = 5) -> Roofline:
     """The best of some passes. size: bytes that are read, which must be well beyond the last cache. UserError without kernels."""
     module = native.module()
     if module is None:
-        raise UserError("the limits of this machine cannot be measured", native.missing(), "install a compiler and lilliput again")
+        raise UserError("the limits of this machine cannot be measured", native.missing() or "", "install a compiler and lilliput again")
     data = torch.ones(size // 4)
     read = max(module.read_rate(data.data_ptr(), data.numel()) for _ in range(repeats))
     fma = max(module.fma_rate(2_000_000) for _ in range(repeats))

@@ -27,10 +27,11 @@ from lilliput.base.facts import Activation, Facts
 from lilliput.base.hardware import DeviceSpec
 from lilliput.base.ledger import Ledger, Term
 from lilliput.base.protocols import Site, in_order
+from lilliput.ops import native
 
 ELEMENT = {"fp32": 4, "bf16": 2}  # bytes of a stored weight
 ADAMW = 8  # bytes of optimizer state a trainable parameter: two fp32 moments
-ROUNDING = 19  # bytes an element of the bf16 tensor that is being updated: its fp32 copies, random bits, masks (measured)
+ROUNDING = 19  # bytes an element of the bf16 tensor that is being updated: its fp32 copies, random bits, masks (measured); the compiled AdamW needs none
 RESERVE, SHARE = 512 << 20, 0.05  # kept free for Python, torch and its workspaces; and for what an allocator cannot use
 
 
@@ -52,7 +53,9 @@ def training_ledger(facts: Facts, site: Site, rooms: Mapping[str, Any], dtype: s
         ledger = room.cost(ledger, facts, site)
     trained = min(1.0, ledger.bytes("gradients") / whole)
     ledger = _work(ledger, trained, micro_batches)
-    return _gradients(ledger, facts, trained, ELEMENT[dtype], micro_batches, site.sequences * site.tokens)
+    compiled = native.missing() is None and site.hardware.device.kind == "cpu"
+    rounding = 0 if dtype == "fp32" or compiled else ROUNDING
+    return _gradients(ledger, facts, trained, rounding, micro_batches, site.sequences * site.tokens, ELEMENT[dtype])
 
 
 def serving_ledger(facts: Facts, site: Site, batch_tokens: int) -> Ledger:
@@ -117,7 +120,7 @@ def _work(ledger: Ledger, trained: float, micro_batches: int) -> Ledger:
     return ledger.put(update=Term(traffic=moved))  # moments and weights are read and written, gradients read
 
 
-def _gradients(ledger: Ledger, facts: Facts, trained: float, element: int, micro_batches: int, tokens: int) -> Ledger:
+def _gradients(ledger: Ledger, facts: Facts, trained: float, rounding: int, micro_batches: int, tokens: int, element: int) -> Ledger:
     """Which gradients are alive beside which activations.
 
     Several micro-batches: all of them, always. One: a segment of blocks frees its activations while its gradients come,
@@ -140,7 +143,7 @@ def _gradients(ledger: Ledger, facts: Facts, trained: float, element: int, micro
         early = facts.chain[: facts.chain.index("layers.*")] if "layers.*" in facts.chain else ()
         absent += each * _count(facts, lambda name: name.split(".")[0] in early) + min(inside, sum(t.bytes for t in held))
         absent += min(whole - inside, sum(t.bytes for t in ledger.terms.values() if t.falling))
-    last = max(2 * tied * each, trained * ROUNDING * _largest(facts) if element < 4 else 0)
+    last = max(2 * tied * each, trained * rounding * _largest(facts))
     return ledger.put(
         **{"gradients not yet": Term(-round(absent), moments=("backward",)), "transient.one tensor updated": Term(round(last), moments=("update",))}
     )
