@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-KERNEL_TESTS := tests/ops/test_adamw.py tests/ops/test_flash.py tests/ops/test_fused.py tests/ops/test_packed.py tests/ops/test_paged.py \
-	tests/ops/test_sampler.py tests/ops/test_sparse.py tests/ops/test_varlen.py tests/models/test_native.py tests/serve/test_native_runner.py
+KERNEL_TESTS := $(wildcard $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,adamw attention flash fused native packed paged sampler sparse strip varlen) \
+	models/test_native models/test_encoder serve/test_native_runner)))
 NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/kernels/*.cpp)
 
 .PHONY: demo test test-slow test-sanitize lint docs bench clean
@@ -30,7 +30,7 @@ bench: $(READY)  ## make bench X=decode_vs_transformers
 	$(BIN)/python benchmarks/$(X).py $(ARGS)
 
 test-sanitize: $(READY)  ## the kernel tests under AddressSanitizer and UBSan, with a build of their own
-	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DLILLIPUT_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DLILLIPUT_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
 	$(BIN)/cmake --build build/sanitize
 	LILLIPUT_NATIVE="$$(ls build/sanitize/_native*.so)" OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \

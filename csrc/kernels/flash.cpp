@@ -130,11 +130,11 @@ void forward(const FlashTile& t, float* s, float* m, float* l, float* o) {
 
 void finish(const float* m, const float* l, const float* o, int rows, int dim, float* to, long to_row, float* logsum) {
   for (int r = 0; r < rows; r++) {
-    const float inverse = l[r] > 0 ? 1.0f / l[r] : 0.0f;
+    const float inverse = l[r] == 0 ? 0.0f : 1.0f / l[r];
     int c = 0;
     for (; c + W <= dim; c += W) store(to + r * to_row + c, load(o + long(r) * dim + c) * set1(inverse));
     for (; c < dim; c++) to[r * to_row + c] = o[long(r) * dim + c] * inverse;
-    logsum[r] = l[r] > 0 ? m[r] + __builtin_logf(l[r]) : NONE;
+    logsum[r] = l[r] == 0 ? NONE : m[r] + __builtin_logf(l[r]);  // NaN stays NaN
   }
 }
 

@@ -22,14 +22,15 @@ def inputs(batch: int, heads: int, kv_heads: int, queries: int, keys: int, dim: 
     return torch.randn(batch, heads, queries, dim), torch.randn(batch, kv_heads, keys, dim), torch.randn(batch, kv_heads, keys, value_dim)
 
 
-def random_case(seed: int):
+def random_case(seed: int, batches: tuple[int, ...] = (1, 2, 3), lengths: tuple[int, ...] = (1, 2, 17, 63, 64, 65, 130, 200)):
+    """(q, k, v, the named arguments of flash.attention)."""
     random.seed(seed)
     torch.manual_seed(seed)
     heads, kv_heads = random.choice([(1, 1), (3, 1), (4, 2), (2, 2)])
-    queries = random.choice([1, 2, 17, 63, 64, 65, 130, 200])
+    queries = random.choice(lengths)
     keys = queries + random.choice([0, 0, 1, 40, 64])
     dim = random.choice([4, 8, 15, 32, 64, 80])
-    q, k, v = inputs(random.choice([1, 2, 3]), heads, kv_heads, queries, keys, dim, random.choice([dim, dim, 20]), random.random() < 0.5)
+    q, k, v = inputs(random.choice(batches), heads, kv_heads, queries, keys, dim, random.choice([dim, dim, 20]), random.random() < 0.5)
     causal = random.random() < 0.7
     how = {"causal": causal, "scale": random.choice([None, 0.2])}
     if causal and random.random() < 0.4:
@@ -45,10 +46,8 @@ def gradients(run, q, k, v, d_o):
     return o, torch.autograd.grad(o, leaves, d_o)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("seed", range(16))
-def test_equals_reference(seed: int, level: str) -> None:
-    q, k, v, how = random_case(seed)
+def check(q, k, v, how, level: str) -> None:
+    """Outputs within 1e-5 and gradients within 1e-4 of plain torch in float64."""
     d_o = torch.randn(*q.shape[:3], v.shape[3])
     want, want_gradients = gradients(lambda q, k, v: flash.reference(q, k, v, **how)[0], q.double(), k.double(), v.double(), d_o.double())
     with native.using(level):
@@ -60,11 +59,75 @@ def test_equals_reference(seed: int, level: str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_log_sum_exp(level: str) -> None:
-    q, k, v = inputs(2, 4, 2, 100, 130, 32, 32, True)
+@pytest.mark.parametrize("seed", range(16))
+def test_equals_reference(seed: int, level: str) -> None:
+    q, k, v, how = random_case(seed)
+    check(q, k, v, how, level)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("seed", range(16, 22))
+def test_log_sum_exp(seed: int, level: str) -> None:
+    q, k, v, how = random_case(seed)
+    want = flash.reference(q.double(), k.double(), v.double(), **how)[1]
+    scale = how["scale"] or q.shape[3] ** -0.5
     with native.using(level):
-        _, logsum = flash.FORWARD(q, k, v, None, None, True, 0, 0, 0.25, None)
-    torch.testing.assert_close(logsum, flash.reference(q.double(), k.double(), v.double(), causal=True, scale=0.25)[1].float(), atol=1e-5, rtol=1e-5)
+        _, logsum = flash.FORWARD(q, k, v, None, None, how["causal"], how.get("window", 0), how.get("sinks", 0), scale, how.get("slopes_H"))
+    torch.testing.assert_close(logsum.double(), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dim", [96, 128, 192, 250, 256])
+def test_wide_heads(dim: int, level: str) -> None:
+    torch.manual_seed(dim)
+    q, k, v = inputs(1, 2, 1, 70, 130, dim, dim, True)
+    check(q, k, v, {"causal": True}, level)
+
+
+def test_the_reference_differentiates_right() -> None:
+    """Finite differences in float64: what every kernel is held against."""
+    q, k, v = (x.double().requires_grad_() for x in inputs(1, 2, 1, 3, 5, 4, 3, False))
+    how = {"causal": True, "window": 2, "sinks": 1, "slopes_H": torch.tensor([0.1, 0.2])}
+    assert torch.autograd.gradcheck(lambda q, k, v: flash.reference(q, k, v, **how)[0], (q, k, v))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("queries, keys", [(0, 0), (0, 5), (4, 0), (1, 1)])
+def test_nothing_and_one(queries: int, keys: int, level: str) -> None:
+    q, k, v = inputs(2, 2, 1, queries, keys, 8, 8, False)
+    with native.using(level):
+        o, found = gradients(lambda q, k, v: flash.attention(q, k, v, causal=True), q, k, v, torch.ones_like(q))
+    want = v[:, :, :queries].expand_as(q) if keys else torch.zeros_like(q)  # one key is the answer, none are nothing
+    assert torch.equal(o, want) and all(a.shape == b.shape and bool(a.isfinite().all()) for a, b in zip(found, (q, k, v)))
+    assert bool((found[0].abs() < 1e-6).all())  # a softmax of one number has no slope
+
+
+def tiles_read(size: int, **how) -> list[tuple[int, int]]:
+    """(block of queries, tile of keys) that are read: the values of one tile are NaN, which no weight of 0 hides."""
+    q, k, v = inputs(1, 1, 1, size, size, 8, 8, False)
+    read = []
+    for tile in range(size // 64):
+        spoilt = v.clone()
+        spoilt[:, :, 64 * tile : 64 * (tile + 1)] = torch.nan
+        o = flash.attention(q, k, spoilt, **how)
+        read += [(block, tile) for block in range(size // 64) if bool(o[:, :, 64 * block : 64 * (block + 1)].isnan().any())]
+    return sorted(read)
+
+
+def test_hidden_tiles_are_skipped() -> None:
+    blocks = range(6)
+    assert tiles_read(384, causal=False) == [(i, j) for i in blocks for j in blocks]
+    assert tiles_read(384, causal=True) == [(i, j) for i in blocks for j in blocks if j <= i]
+    assert tiles_read(384, causal=True, window=65, sinks=4) == [(i, j) for i in blocks for j in blocks if i - 1 <= j <= i or (j == 0 and i)]
+
+
+@pytest.mark.parametrize("what", ["nan", "hidden nan"])
+def test_nan_stays_visible_and_hidden_keys_harmless(what: str) -> None:
+    q, k, v = inputs(1, 1, 1, 130, 130, 8, 8, False)
+    k[0, 0, 60] = torch.nan
+    o, logsum = flash.FORWARD(q, k, v, None, None, True, 0, 0, 1.0, None)
+    rows = slice(60, None) if what == "nan" else slice(0, 60)
+    assert bool((o[0, 0, rows].isnan() == (what == "nan")).all()) and bool((logsum[0, 0, rows].isnan() == (what == "nan")).all())
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -140,6 +203,19 @@ def test_the_op_is_a_good_torch_citizen() -> None:
     torch.library.opcheck(flash.FORWARD, (q, k, v, None, None, True, 0, 0, 0.3, None))
     compiled = torch.compile(lambda q, k, v: flash.attention(q, k, v, causal=True).sum(), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v), flash.attention(q, k, v, causal=True).sum())
+
+
+@pytest.mark.parametrize("borders", [[0, 5], [0, 6, 5], [1, 5, 5], [0, 9, 9], [0, 5, 5, 5]])
+def test_wrong_borders_are_refused(borders: list[int]) -> None:
+    """The kernel trusts them: rows beyond the tensor would be read."""
+    q, cu = torch.randn(5, 2, 8), torch.tensor([0, 5, 5], dtype=torch.int32)
+    with pytest.raises(AssertionError, match="cu_q" if len(borders) == 3 else "borders"):
+        flash.attention_varlen(q, q, q, torch.tensor(borders, dtype=torch.int32), cu, causal=True)
+
+
+def test_heads_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(AssertionError, match="3 query heads cannot share 2"):
+        flash.attention(torch.randn(1, 3, 4, 8), torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8), causal=True)
 
 
 @pytest.mark.parametrize("what", ["double", "wide", "meta"])

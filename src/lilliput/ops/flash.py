@@ -14,6 +14,7 @@ Dao 2023, arXiv 2307.08691, section 3.1. On CUDA: ops/triton/flash.py.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -22,19 +23,38 @@ from torch import Tensor
 from lilliput.ops import native
 
 LARGEST = 256  # head dimension
+TRITON = importlib.util.find_spec("triton") is not None
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why the compiled kernels cannot take these tensors; None when they can."""
-    if native.module() is None:
-        return native.missing()
-    if q.device.type != "cpu" or not q.dtype == k.dtype == v.dtype == torch.float32:
-        return f"flash takes fp32 on the CPU, got {q.dtype}, {k.dtype}, {v.dtype} on {q.device.type}"
+    """Why the kernels cannot take these tensors; None when they can: the compiled ones on the CPU, Triton's on CUDA."""
+    devices = {x.device for x in (q, k, v)}
+    if len(devices) > 1 or q.device.type not in ("cpu", "cuda"):
+        return f"flash runs on one CPU or CUDA device, got {', '.join(sorted(map(str, devices)))}"
+    refusal = _cpu(q, k, v) if q.device.type == "cpu" else _cuda(q, k, v)
+    if refusal is not None:
+        return refusal
     if max(q.shape[-1], v.shape[-1]) > LARGEST:
         return f"flash takes heads of at most {LARGEST} numbers, got {max(q.shape[-1], v.shape[-1])}"
     if q.dim() == 4 and not q.shape[0] == k.shape[0] == v.shape[0]:
         return "flash broadcasts no batch"
     return None
+
+
+def _cpu(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if native.module() is None:
+        return native.missing()
+    if not q.dtype == k.dtype == v.dtype == torch.float32:
+        return f"flash takes fp32 on the CPU, got {q.dtype}, {k.dtype}, {v.dtype}"
+    return None
+
+
+def _cuda(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if not TRITON:
+        return "flash on CUDA needs triton: pip install 'lilliput[triton]'"
+    from lilliput.ops.triton import flash as twin
+
+    return twin.supports(q, k, v)
 
 
 def attention(
@@ -98,26 +118,55 @@ def _like(rows_of: Tensor, dim: int) -> Tensor:
     return rows_of.new_empty(batch, rows, heads, dim).transpose(1, 2)
 
 
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, slopes: Tensor | None) -> None:
+    """The kernels trust addresses and borders: a wrong one reads memory that is not theirs."""
+    heads, groups = q.shape[1], k.shape[1]
+    assert groups and heads % groups == 0, f"{heads} query heads cannot share {groups} key heads"
+    assert q.shape[3] == k.shape[3] and k.shape[:3] == v.shape[:3], f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together"
+    assert slopes is None or (slopes.dtype == torch.float32 and slopes.is_contiguous() and slopes.shape == (heads,)), f"slopes must be fp32 [{heads}]"
+    assert (cu_q is None) == (cu_k is None), "borders of queries without borders of keys, or the other way round"
+    if cu_q is None or cu_k is None:
+        assert q.shape[0] == k.shape[0], f"batch {q.shape[0]} of queries, {k.shape[0]} of keys"
+        return
+    assert len(cu_q) == len(cu_k), f"borders of {len(cu_q) - 1} sequences of queries and {len(cu_k) - 1} of keys"
+    for name, cu, rows in (("cu_q", cu_q, q.shape[2]), ("cu_k", cu_k, k.shape[2])):
+        borders = cu.tolist()
+        assert cu.dtype == torch.int32 and borders[0] == 0 and borders[-1] == rows and borders == sorted(borders), (
+            f"{name} must be int32 borders that rise from 0 to {rows}; it is {borders}"
+        )
+
+
 def _call(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, window: int, sinks: int, scale: float,
           slopes: Tensor | None) -> tuple[Any, Any]:  # fmt: skip
     module = native.module()
-    assert slopes is None or (slopes.dtype == torch.float32 and slopes.is_contiguous()), "slopes must be contiguous fp32"
     packed = (0, 0) if cu_q is None or cu_k is None else (cu_q.data_ptr(), cu_k.data_ptr())
     batch = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
     shape = module.FlashShape(batch, q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.shape[2], k.shape[2], *packed)
     return shape, module.FlashMask(causal, window, sinks, scale, 0 if slopes is None else slopes.data_ptr())
 
 
+def _room(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty (O, L)."""
+    return _like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, window: int, sinks: int, scale: float,
              slopes: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    o, logsum = _like(q, v.shape[3]), q.new_empty(q.shape[:3])
-    if q.numel():
-        native.module().flash_forward(*_call(q, k, v, cu_q, cu_k, causal, window, sinks, scale, slopes), *map(_strided, (q, k, v, o)), logsum.data_ptr())
+    _check(q, k, v, cu_q, cu_k, slopes)
+    o, logsum = _room(q, v)
+    if not q.numel():
+        return o, logsum
+    if q.device.type == "cuda":
+        from lilliput.ops.triton import flash as twin
+
+        twin.forward(q, k, v, cu_q, cu_k, causal, window, sinks, scale, slopes, o, logsum)
+        return o, logsum
+    native.module().flash_forward(*_call(q, k, v, cu_q, cu_k, causal, window, sinks, scale, slopes), *map(_strided, (q, k, v, o)), logsum.data_ptr())
     return o, logsum
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _like(q, v.shape[3]), q.new_empty(q.shape[:3])
+    return _room(q, v)
 
 
 def _backward(d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsum: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, window: int,
@@ -125,9 +174,14 @@ def _backward(d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsum: T
     dq, dk, dv = _like(q, q.shape[3]), _like(k, k.shape[3]), _like(v, v.shape[3])
     if not q.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
-    views = map(_strided, (q, k, v, o, _rows(d_o)))
+    d_o = _rows(d_o)
+    if q.device.type == "cuda":
+        from lilliput.ops.triton import flash as twin
+
+        twin.backward(d_o, q, k, v, o, logsum, cu_q, cu_k, causal, window, sinks, scale, slopes, dq, dk, dv)
+        return dq, dk, dv
     shape = _call(q, k, v, cu_q, cu_k, causal, window, sinks, scale, slopes)
-    native.module().flash_backward(*shape, *views, logsum.data_ptr(), *map(_strided, (dq, dk, dv)))
+    native.module().flash_backward(*shape, *map(_strided, (q, k, v, o, d_o)), logsum.data_ptr(), *map(_strided, (dq, dk, dv)))
     return dq, dk, dv
 
 
@@ -148,7 +202,7 @@ def _gradients(ctx: Any, d_o: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 
 
 _HOW = "Tensor? cu_q, Tensor? cu_k, bool causal, int window, int sinks, float scale, Tensor? slopes"
-FORWARD = native.define(f"flash_forward(Tensor q, Tensor k, Tensor v, {_HOW}) -> (Tensor, Tensor)", _forward, _fake_forward)
+FORWARD = native.define(f"flash_forward(Tensor q, Tensor k, Tensor v, {_HOW}) -> (Tensor, Tensor)", _forward, _fake_forward, _forward if TRITON else None)
 BACKWARD = native.define(f"flash_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor logsum, {_HOW}) -> (Tensor, Tensor, Tensor)",
-                         _backward, _fake_backward)  # fmt: skip
+                         _backward, _fake_backward, _backward if TRITON else None)  # fmt: skip
 torch.library.register_autograd("lilliput::flash_forward", _gradients, setup_context=_save, lib=native.library())

@@ -104,8 +104,9 @@ def library() -> Any:
     return torch.library.Library("lilliput", "DEF")
 
 
-def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register `lilliput::name` once and return the op. schema: "name(Tensor x, int n) -> Tensor"; fake: the same on shapes alone.
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], cuda: Callable[..., Any] | None = None) -> Any:
+    """Register `lilliput::name` once and return the op. schema: "name(Tensor x, int n) -> Tensor"; fake: the same on shapes alone;
+    cuda: the same on CUDA tensors, or None.
 
     Cost of a call through the dispatcher: 10 us with a schema of tensors and numbers (torch.library.custom_op takes 40 to 80).
     """
@@ -114,5 +115,7 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> An
     holder, name = library(), schema.partition("(")[0]
     holder.define(schema)
     holder.impl(name, run, "CPU")
+    if cuda is not None:
+        holder.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"lilliput::{name}", fake, lib=holder)
     return getattr(torch.ops.lilliput, name).default
