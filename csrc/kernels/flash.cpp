@@ -35,11 +35,25 @@ LP_INLINE void score(const float* a, long a_row, const float* bt, int dim, float
   for (int i = 0; i < R; i++) for (int n = 0; n < N; n++) store(c + i * T + n * W, acc[i][n]);
 }
 
-void scores(const float* a, long a_row, const float* bt, int rows, int keys, int dim, float* c) {
-  for (int j = 0; j < keys; j += NV * W) {
-    int r = 0;
-    for (; r + MR <= rows; r += MR) score<MR, NV>(a + r * a_row, a_row, bt + j, dim, c + r * T + j);
-    for (; r < rows; r++) score<1, NV>(a + r * a_row, a_row, bt + j, dim, c + r * T + j);
+// Keys from the tile's first that the rows up to `row` see by causality; the rest of their scores is neither computed nor read.
+LP_INLINE int reach(const FlashTile& t, int row) {
+  const int own = t.first_query + row - t.first_key + 1;
+  return !t.mask.causal || own > t.keys ? t.keys : own < 0 ? 0 : own;
+}
+
+void scores(const FlashTile& t, const float* a, long a_row, const float* bt, int dim, float* c) {
+  for (int r = 0; r < t.rows;) {
+    const int many = r + MR <= t.rows ? MR : 1, keys = reach(t, r + many - 1);
+    int j = 0;
+    for (; j < keys && (keys - j > NV * W / 2 || NV < 4); j += NV * W) {
+      if (many == MR) score<MR, NV>(a + r * a_row, a_row, bt + j, dim, c + r * T + j);
+      else score<1, NV>(a + r * a_row, a_row, bt + j, dim, c + r * T + j);
+    }
+    if (j < keys) {
+      if (many == MR) score<MR, NV / 2>(a + r * a_row, a_row, bt + j, dim, c + r * T + j);
+      else score<1, NV / 2>(a + r * a_row, a_row, bt + j, dim, c + r * T + j);
+    }
+    r += many;
   }
 }
 
@@ -73,59 +87,78 @@ LP_INLINE void add_rows(const float* a, long a_row, long a_step, const float* b,
   }
 }
 
-void add_product(const float* a, long a_row, long a_step, const float* b, long b_row, int rows, int count, int dim, float* c, long c_row) {
+// O, dQ: c [rows][dim] += a [rows][keys] b [keys][dim], each row over the keys that it reaches.
+void add_keys(const FlashTile& t, const float* a, const float* b, long b_row, int dim, float* c, long c_row) {
   int r = 0;
-  for (; r + MR <= rows; r += MR) add_rows<MR>(a + r * a_row, a_row, a_step, b, b_row, count, dim, c + r * c_row, c_row);
-  for (; r < rows; r++) add_rows<1>(a + r * a_row, a_row, a_step, b, b_row, count, dim, c + r * c_row, c_row);
+  for (; r + MR <= t.rows; r += MR) add_rows<MR>(a + r * T, T, 1, b, b_row, reach(t, r + MR - 1), dim, c + r * c_row, c_row);
+  for (; r < t.rows; r++) add_rows<1>(a + r * T, T, 1, b, b_row, reach(t, r), dim, c + r * c_row, c_row);
 }
 
-// Keys [from, to) of the tile that a row sees, and below `sinks`; whole: all of them.
-struct Seen { int from, to, sinks; bool whole; };
-LP_INLINE Seen seen_by(const FlashTile& t, int row) {
+// dK, dV: c [keys][dim] += a^T b [rows][dim], each key over the rows that reach it.
+void add_queries(const FlashTile& t, const float* a, const float* b, long b_row, int dim, float* c, long c_row) {
+  for (int k = 0; k < t.keys;) {
+    int from = t.mask.causal ? t.first_key + k - t.first_query : 0;
+    from = from < 0 ? 0 : from > t.rows ? t.rows : from;
+    const float* first = a + from * T + k;
+    if (k + MR <= t.keys) { add_rows<MR>(first, 1, T, b + from * b_row, b_row, t.rows - from, dim, c + k * c_row, c_row); k += MR; }
+    else { add_rows<1>(first, 1, T, b + from * b_row, b_row, t.rows - from, dim, c + k * c_row, c_row); k++; }
+  }
+}
+
+// Scores of a row that are computed: what it reaches, up to a whole vector. The rest weigh 0.
+LP_INLINE int width(const FlashTile& t, int row) { return (reach(t, row) + W - 1) / W * W; }
+
+// They become scale * s + slope * (key - query); what the row may not see -inf.
+LP_INLINE void masked(const FlashTile& t, int row, int end, float* s) {
   const int at = t.first_query + row - t.first_key;  // the row's own key in the tile
-  int to = t.keys, from = 0;
-  if (t.mask.causal && at + 1 < to) to = at + 1 < 0 ? 0 : at + 1;
-  if (t.mask.window && at - t.mask.window + 1 > 0) from = at - t.mask.window + 1;
-  const int sinks = t.mask.sinks - t.first_key;
-  return {from, to, sinks < 0 ? 0 : sinks, from == 0 && to == T};
+  for (int j = 0; j < end; j += W) store(s + j, load(s + j) * set1(t.mask.scale));
+  if (t.slope != 0) for (int j = 0; j < end; j++) s[j] += t.slope * float(j - at);
+  for (int j = reach(t, row); j < end; j++) s[j] = NONE;
+  if (t.mask.window == 0) return;
+  const int sinks = t.mask.sinks - t.first_key, from = at - t.mask.window + 1;
+  for (int j = sinks < 0 ? 0 : sinks; j < from && j < end; j++) s[j] = NONE;
 }
 
-// Scores of a row become scale * s + slope * (key - query); what it may not see -inf.
-LP_INLINE void masked(const FlashTile& t, int row, float* s) {
-  const Seen seen = seen_by(t, row);
-  for (int j = 0; j < T; j += W) store(s + j, load(s + j) * set1(t.mask.scale));
-  if (t.slope != 0) for (int j = 0; j < T; j++) s[j] += t.slope * float(t.first_key + j - t.first_query - row);
-  if (seen.whole) return;
-  for (int j = 0; j < T; j++)
-    if (j >= seen.to || (j < seen.from && j >= seen.sinks)) s[j] = NONE;
+LP_INLINE float masked_max(const FlashTile& t, int row, int end, float* s) {
+  masked(t, row, end, s);
+  vf most = set1(NONE);
+  for (int j = 0; j < end; j += W) most = max(most, load(s + j));
+  return hmax(most);
+}
+
+// s becomes e^(s - top), zeros from `end` on; answers the sum.
+LP_INLINE float exponents(int end, float top, float* s) {
+  vf total = zero();
+  for (int j = 0; j < end; j += W) { const vf p = exp(load(s + j) - set1(top)); total = total + p; store(s + j, p); }
+  for (int j = end; j < T; j += W) store(s + j, zero());
+  return sum(total);
+}
+
+LP_INLINE void shrink(float by, int count, float* o) {
+  int c = 0;
+  for (; c + W <= count; c += W) store(o + c, load(o + c) * set1(by));
+  for (; c < count; c++) o[c] *= by;
 }
 
 void forward(const FlashTile& t, float* s, float* m, float* l, float* o) {
-  scores(t.q, t.q_row, t.kt, t.rows, T, t.dim, s);
+  scores(t, t.q, t.q_row, t.kt, t.dim, s);
   const int dim = t.value_dim;
   for (int r = 0; r < t.rows; r++) {
     float* row = s + r * T;
-    masked(t, r, row);
-    vf most = load(row);
-    for (int j = W; j < T; j += W) most = max(most, load(row + j));
-    const float top = hmax(most), now = m[r] > top ? m[r] : top;
+    const int end = width(t, r);  // whole rows apart: a constant count unrolls
+    const float top = end == T ? masked_max(t, r, T, row) : masked_max(t, r, end, row), now = m[r] > top ? m[r] : top;
     if (now == NONE) { memset(row, 0, T * 4); continue; }
-    vf total = zero();
-    for (int j = 0; j < T; j += W) { const vf p = exp(load(row + j) - set1(now)); total = total + p; store(row + j, p); }
+    const float total = end == T ? exponents(T, now, row) : exponents(end, now, row);
     if (now > m[r]) {
-      float shrink[W];
-      store(shrink, exp(set1(m[r] - now)));
-      l[r] *= shrink[0];
-      if (m[r] != NONE) {
-        int c = 0;
-        for (; c + W <= dim; c += W) store(o + long(r) * dim + c, load(o + long(r) * dim + c) * set1(shrink[0]));
-        for (; c < dim; c++) o[long(r) * dim + c] *= shrink[0];
-      }
+      float by[W];
+      store(by, exp(set1(m[r] - now)));
+      l[r] *= by[0];
+      if (m[r] != NONE) shrink(by[0], dim, o + long(r) * dim);
       m[r] = now;
     }
-    l[r] += sum(total);
+    l[r] += total;
   }
-  add_product(s, T, 1, t.v, t.v_row, t.rows, t.keys, dim, o, dim);
+  add_keys(t, s, t.v, t.v_row, dim, o, dim);
 }
 
 void finish(const float* m, const float* l, const float* o, int rows, int dim, float* to, long to_row, float* logsum) {
@@ -148,26 +181,32 @@ void rowsum(const float* o, long o_row, const float* d_o, long do_row, int rows,
   }
 }
 
+// p: scores become weights; ds: dO V^T becomes scale * dS. Zeros from `end` on.
+LP_INLINE void slopes(const FlashTile& t, int row, int end, float top, float delta, float* p, float* ds) {
+  masked(t, row, end, p);
+  for (int j = 0; j < end; j += W) {
+    const vf w = exp(load(p + j) - set1(top));
+    store(p + j, w);
+    store(ds + j, w * (load(ds + j) - set1(delta)) * set1(t.mask.scale));
+  }
+  for (int j = end; j < T; j += W) { store(p + j, zero()); store(ds + j, zero()); }
+}
+
 void backward(const FlashTile& t, const float* d_o, long do_row, const float* logsum, const float* delta, float* p, float* ds, float* dq,
     long dq_row, float* dk,
               long dk_row, float* dv, long dv_row) {
-  scores(t.q, t.q_row, t.kt, t.rows, T, t.dim, p);
-  scores(d_o, do_row, t.vt, t.rows, T, t.value_dim, ds);
+  scores(t, t.q, t.q_row, t.kt, t.dim, p);
+  scores(t, d_o, do_row, t.vt, t.value_dim, ds);
   for (int r = 0; r < t.rows; r++) {
-    float* row = p + r * T;
-    masked(t, r, row);
-    const float top = logsum[r];
-    for (int j = 0; j < T; j += W) {
-      const vf w = top == NONE ? zero() : exp(load(row + j) - set1(top));
-      store(row + j, w);
-      store(ds + r * T + j, w * (load(ds + r * T + j) - set1(delta[r])) * set1(t.mask.scale));
-    }
+    const int end = logsum[r] == NONE ? 0 : width(t, r);
+    if (end == T) slopes(t, r, T, logsum[r], delta[r], p + r * T, ds + r * T);
+    else slopes(t, r, end, logsum[r], delta[r], p + r * T, ds + r * T);
   }
   if (dv) {
-    add_product(p, 1, T, d_o, do_row, t.keys, t.rows, t.value_dim, dv, dv_row);
-    add_product(ds, 1, T, t.q, t.q_row, t.keys, t.rows, t.dim, dk, dk_row);
+    add_queries(t, p, d_o, do_row, t.value_dim, dv, dv_row);
+    add_queries(t, ds, t.q, t.q_row, t.dim, dk, dk_row);
   }
-  if (dq) add_product(ds, T, 1, t.k, t.k_row, t.rows, t.keys, t.dim, dq, dq_row);
+  if (dq) add_keys(t, ds, t.k, t.k_row, t.dim, dq, dq_row);
 }
 
 }}  // namespace LILLIPUT_ISA
