@@ -11,6 +11,7 @@ import pytest
 from lilliput.base import registry
 from lilliput.base.errors import UserError
 from lilliput.base.job import sections
+from lilliput.ops import native
 from lilliput.papers import index
 from lilliput.papers.paper import Finding
 
@@ -49,7 +50,7 @@ def test_status_is_derived_from_run_and_registry():
 
 
 def test_no_system_without_a_run_claims_to_work():
-    assert [paper.name for paper in every() if paper.works] == ["checkpointing"]
+    assert [paper.name for paper in every() if paper.works] == ["checkpointing", "flashattention-2"]
 
 
 def test_what_works_was_measured_and_nothing_else():
@@ -92,3 +93,11 @@ def test_checkpointing_claim_holds_here():
     assert rows[large]["peak, plain (KiB)"] / rows[small]["peak, plain (KiB)"] == pytest.approx(grown, rel=0.05)
     assert rows[large]["peak, remat (KiB)"] / rows[small]["peak, remat (KiB)"] == pytest.approx(grown**0.5, rel=0.1)
     assert all(row["block forwards, remat"] == 2 * row["blocks"] for row in finding.rows)
+
+
+@pytest.mark.skipif(native.module() is None, reason=str(native.missing()))
+def test_flashattention_claim_holds_here():
+    finding = index.find("flashattention-2").run()
+    assert finding.holds, finding.summary
+    assert finding.summary == index.find("flashattention-2").measured, "the table of `lilliput papers` tells another number"
+    assert [(row["tiles, causal"], row["tiles, full"]) for row in finding.rows] == [(10, 16), (36, 64), (136, 256)]
