@@ -29,7 +29,7 @@ struct Kept {
   }
   ~Kept() { std::free(data); }
 };
-thread_local Kept kept_keys, kept_values, kept_tiles, kept_delta;
+thread_local Kept kept_keys, kept_values, kept_tiles, kept_delta, kept_shares;
 
 struct Problem {  // one sequence
   const float *q, *k, *v, *o, *d_o;
@@ -39,6 +39,7 @@ struct Problem {  // one sequence
   float* logsum_out;
   long logsum_head;
   long panels;  // where its transposed tiles begin, in tiles
+  long key_rows;  // and its keys, in rows
 };
 
 int tiles(int count) { return (count + T - 1) / T; }
@@ -47,7 +48,7 @@ struct Job {
   const FlashShape& s;
   const FlashMask& m;
   std::vector<Problem> problems;
-  long panels = 0;  // key tiles over all problems
+  long panels = 0, key_rows = 0;  // key tiles and keys over all problems
 
   Job(const FlashShape& shape, const FlashMask& mask) : s(shape), m(mask) {
     int rows = s.cu_q ? s.cu_q[s.batch] : 0;
@@ -57,7 +58,9 @@ struct Job {
       p.keys = s.cu_k ? s.cu_k[b + 1] - s.cu_k[b] : s.keys;
       p.logsum_head = s.cu_q ? rows : s.queries;
       p.panels = panels;
+      p.key_rows = key_rows;
       panels += tiles(p.keys);
+      key_rows += p.keys;
       problems.push_back(p);
     }
   }
@@ -156,6 +159,124 @@ void flash_forward(const FlashShape& s, const FlashMask& m, View q, View k, View
   });
 }
 
+namespace {
+
+void fill(float* to, long row, int rows, int count) {
+  for (int r = 0; r < rows; r++) std::fill(to + r * row, to + r * row + count, 0.0f);
+}
+void add(const float* x, long x_row, int rows, int count, float* to, long row) {
+  for (int r = 0; r < rows; r++) for (int c = 0; c < count; c++) to[r * row + c] += x[r * x_row + c];
+}
+
+// dK and dV are sums over the heads of a group, each head's own sum (its share) first: the same bits whichever way the tasks are cut.
+struct Backward {
+  const Job& job;
+  View q, k, v, d_o;
+  const float *logsum, *delta;
+  Out dq, dk, dv;
+  const FlashShape& s = job.s;
+  const int group = s.heads / s.kv_heads, share = s.dim + s.value_dim;
+  const long each = 2 * T * T + 2 * T * share;  // scratch of a thread: P, dS, transposed K and V, a tile's share
+
+  void one(const Problem& p, int head, int block, int tile, const float* kt, const float* vt, float* mine, bool want_q, float* to_k, long k_row, float* to_v,
+           long v_row) const {
+    FlashTile t = job.tile(p, head, block, tile, q, k, v);
+    t.kt = kt; t.vt = vt;
+    const long row = long(block) * T, sums = head * p.logsum_head + row;
+    flash().backward(t, p.d_o + head * d_o.head + row * d_o.row, d_o.row, p.logsum + sums, delta + (p.logsum - logsum) + sums, mine, mine + T * T,
+                     want_q ? p.dq + head * dq.head + row * dq.row : nullptr, dq.row, to_k, k_row, to_v, v_row);
+  }
+  // One head's blocks of queries against a tile: its share of dK and dV goes to to_k and to_v; with want_q, dQ grows too.
+  void head_tile(const Problem& p, int head, int tile, const float* kt, const float* vt, float* mine, bool want_q, float* to_k, long k_row, float* to_v,
+                 long v_row) const {
+    const int count = std::min(T, p.keys - tile * T);
+    fill(to_k, k_row, count, s.dim);
+    fill(to_v, v_row, count, s.value_dim);
+    for (int block = 0; block < tiles(p.queries); block++)
+      if (job.visible(p, block, tile)) one(p, head, block, tile, kt, vt, mine, want_q, to_k, k_row, to_v, v_row);
+  }
+  void transpose(const Problem& p, int kv, int tile, float* kt, float* vt) const {
+    const int count = std::min(T, p.keys - tile * T);
+    flash().transpose(p.k + kv * k.head + long(tile) * T * k.row, k.row, count, s.dim, kt);
+    flash().transpose(p.v + kv * v.head + long(tile) * T * v.row, v.row, count, s.value_dim, vt);
+  }
+
+  // Tasks are heads: dQ, dK and dV in one pass, five products a tile. The first head of a group writes to dK and dV, the others' shares wait.
+  void by_heads(float* scratch) const {
+    float* shares = kept_shares.room(size_t(s.kv_heads) * size_t(group - 1) * size_t(job.key_rows) * size_t(share));
+    const auto at = [&](const Problem& p, int kv, int member) { return shares + ((long(kv) * (group - 1) + member - 1) * job.key_rows + p.key_rows) * share; };
+    parallel(s.batch * s.heads, [&](int task, int worker) {
+      const Problem& p = job.problems[size_t(task / s.heads)];
+      const int head = task % s.heads, kv = head / group, member = head % group;
+      float *mine = scratch + worker * each, *kt = mine + 2 * T * T, *vt = kt + T * s.dim;
+      for (int tile = 0; tile < tiles(p.keys); tile++) {
+        const long key = long(tile) * T;
+        transpose(p, kv, tile, kt, vt);
+        if (member == 0) head_tile(p, head, tile, kt, vt, mine, true, p.dk + kv * dk.head + key * dk.row, dk.row, p.dv + kv * dv.head + key * dv.row, dv.row);
+        else {
+          float* to = at(p, kv, member) + key * share;
+          head_tile(p, head, tile, kt, vt, mine, true, to, share, to + s.dim, share);
+        }
+      }
+    });
+    if (group == 1) return;
+    parallel(s.batch * s.kv_heads, [&](int task, int) {
+      const Problem& p = job.problems[size_t(task / s.kv_heads)];
+      const int kv = task % s.kv_heads;
+      for (int member = 1; member < group; member++) {
+        const float* from = at(p, kv, member);
+        add(from, share, p.keys, s.dim, p.dk + kv * dk.head, dk.row);
+        add(from + s.dim, share, p.keys, s.value_dim, p.dv + kv * dv.head, dv.row);
+      }
+    });
+  }
+
+  // Too few heads for the threads: tasks are key tiles, and dQ is a pass of its own over blocks of queries; seven products a tile.
+  void by_tiles(float* scratch, const std::vector<Block>& blocks) const {
+    struct Part { int problem, kv, tile; };
+    std::vector<Part> parts;
+    for (int b = 0; b < s.batch; b++)
+      for (int kv = 0; kv < s.kv_heads; kv++)
+        for (int tile = 0; tile < tiles(job.problems[size_t(b)].keys); tile++) parts.push_back({b, kv, tile});
+    parallel(int(parts.size()), [&](int task, int worker) {
+      const Part& part = parts[size_t(task)];
+      const Problem& p = job.problems[size_t(part.problem)];
+      float *mine = scratch + worker * each, *kt = mine + 2 * T * T, *vt = kt + T * s.dim, *own = vt + T * s.value_dim;
+      const long key = long(part.tile) * T;
+      const int count = std::min(T, int(p.keys - key));
+      float *to_k = p.dk + part.kv * dk.head + key * dk.row, *to_v = p.dv + part.kv * dv.head + key * dv.row;
+      transpose(p, part.kv, part.tile, kt, vt);
+      head_tile(p, part.kv * group, part.tile, kt, vt, mine, false, to_k, dk.row, to_v, dv.row);
+      for (int member = 1; member < group; member++) {
+        head_tile(p, part.kv * group + member, part.tile, kt, vt, mine, false, own, share, own + s.dim, share);
+        add(own, share, count, s.dim, to_k, dk.row);
+        add(own + s.dim, share, count, s.value_dim, to_v, dv.row);
+      }
+    });
+    const float *kt = job.transposed(k, s.dim, false), *vt = job.transposed(v, s.value_dim, true);
+    parallel(int(blocks.size()), [&](int task, int worker) {
+      const Block& at = blocks[size_t(task)];
+      const Problem& p = job.problems[size_t(at.problem)];
+      for (int tile = 0; tile < tiles(p.keys); tile++) {
+        if (!job.visible(p, at.block, tile)) continue;
+        const long panel = long(at.head / group) * job.panels + p.panels + tile;
+        one(p, at.head, at.block, tile, kt + panel * s.dim * T, vt + panel * s.value_dim * T, scratch + worker * each, true, nullptr, 0, nullptr, 0);
+      }
+    });
+  }
+};
+
+void backward_tiles(const Job& job, View q, View k, View v, View d_o, const float* logsum, const float* delta, const std::vector<Block>& blocks, Out dq, Out dk,
+                    Out dv) {
+  const Backward pass{job, q, k, v, d_o, logsum, delta, dq, dk, dv};
+  float* scratch = kept_tiles.room(size_t(threads()) * size_t(pass.each));
+  const int heads = job.s.batch * job.s.heads, rounds = (heads + threads() - 1) / threads();
+  if (5 * rounds * threads() <= 7 * heads) pass.by_heads(scratch);  // the last round may leave threads without a head
+  else pass.by_tiles(scratch, blocks);
+}
+
+}  // namespace
+
 void flash_backward(const FlashShape& s, const FlashMask& m, View q, View k, View v, View o, View d_o, const float* logsum, Out dq, Out dk, Out dv) {
   Job job(s, m);
   long rows = 0;
@@ -182,60 +303,7 @@ void flash_backward(const FlashShape& s, const FlashMask& m, View q, View k, Vie
       std::fill(to, to + s.dim, 0.0f);
     }
   });
-  const int group = s.heads / s.kv_heads;
-  float* scratch = kept_tiles.room(static_cast<size_t>(threads()) * size_t(2 * T * T + T * (s.dim + s.value_dim)));
-  const auto one = [&](const Problem& p, int head, int block, int tile, const float* kt, const float* vt, float* mine, bool want_q, bool want_k) {
-    FlashTile t = job.tile(p, head, block, tile, q, k, v);
-    t.kt = kt; t.vt = vt;
-    const long row = long(block) * T, key = long(tile) * T, kv = head / group;
-    flash().backward(t, p.d_o + head * d_o.head + row * d_o.row, d_o.row, p.logsum + head * p.logsum_head + row,
-                     delta + (p.logsum - logsum) + head * p.logsum_head + row, mine, mine + T * T, want_q ? p.dq + head * dq.head + row * dq.row
-                         : nullptr, dq.row,
-                     want_k ? p.dk + kv * dk.head + key * dk.row : nullptr, dk.row, want_k ? p.dv + kv * dv.head + key * dv.row : nullptr, dv.row);
-  };
-  // All of a kv head's key tiles in rising order: dQ, dK and dV in one pass.
-  const auto keys_of = [&](const Problem& p, int kv, int tile, float* mine, bool want_q) {
-    float *kt = mine + 2 * T * T, *vt = kt + T * s.dim;
-    const long key = long(tile) * T;
-    const int count = std::min(T, int(p.keys - key));
-    flash().transpose(p.k + kv * k.head + key * k.row, k.row, count, s.dim, kt);
-    flash().transpose(p.v + kv * v.head + key * v.row, v.row, count, s.value_dim, vt);
-    for (int r = 0; r < count; r++) {
-      std::fill(p.dk + kv * dk.head + (key + r) * dk.row, p.dk + kv * dk.head + (key + r) * dk.row + s.dim, 0.0f);
-      std::fill(p.dv + kv * dv.head + (key + r) * dv.row, p.dv + kv * dv.head + (key + r) * dv.row + s.value_dim, 0.0f);
-    }
-    for (int head = kv * group; head < (kv + 1) * group; head++)
-      for (int block = 0; block < tiles(p.queries); block++)
-        if (job.visible(p, block, tile)) one(p, head, block, tile, kt, vt, mine, want_q, true);
-  };
-  const long each = 2 * T * T + T * (s.dim + s.value_dim);
-  if (s.batch * s.kv_heads >= 2 * threads()) {
-    parallel(s.batch * s.kv_heads, [&](int task, int worker) {
-      const Problem& p = job.problems[size_t(task / s.kv_heads)];
-      for (int tile = 0; tile < tiles(p.keys); tile++) keys_of(p, task % s.kv_heads, tile, scratch + worker * each, true);
-    });
-    return;
-  }
-  // Too few heads for the threads: key tiles are tasks, and dQ is a pass of its own (its sums run over tiles in the same order).
-  struct Part { int problem, kv, tile; };
-  std::vector<Part> parts;
-  for (int b = 0; b < s.batch; b++)
-    for (int kv = 0; kv < s.kv_heads; kv++)
-      for (int tile = 0; tile < tiles(job.problems[size_t(b)].keys); tile++) parts.push_back({b, kv, tile});
-  parallel(int(parts.size()), [&](int task, int worker) {
-    const Part& part = parts[size_t(task)];
-    keys_of(job.problems[size_t(part.problem)], part.kv, part.tile, scratch + worker * each, false);
-  });
-  const float *kt = job.transposed(k, s.dim, false), *vt = job.transposed(v, s.value_dim, true);
-  parallel(int(blocks.size()), [&](int task, int worker) {
-    const Block& at = blocks[size_t(task)];
-    const Problem& p = job.problems[size_t(at.problem)];
-    for (int tile = 0; tile < tiles(p.keys); tile++) {
-      if (!job.visible(p, at.block, tile)) continue;
-      const long panel = long(at.head / group) * job.panels + p.panels + tile;
-      one(p, at.head, at.block, tile, kt + panel * s.dim * T, vt + panel * s.value_dim * T, scratch + worker * each, true, false);
-    }
-  });
+  backward_tiles(job, q, k, v, d_o, logsum, delta, blocks, dq, dk, dv);
 }
 
 }  // namespace lilliput

@@ -151,14 +151,15 @@ def test_packed_sequences(causal: bool, level: str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_same_bits_for_any_number_of_threads(level: str) -> None:
-    """Four heads over one, two and eight threads: the last takes the way with a pass of its own for dQ."""
+@pytest.mark.parametrize("kv_heads", [6, 2, 1])
+def test_the_same_bits_for_any_number_of_threads(kv_heads: int, level: str) -> None:
+    """Six heads over one, two and sixteen threads: the last takes the way with a pass of its own for dQ."""
     torch.manual_seed(2)
-    q, k, v = inputs(1, 4, 4, 200, 200, 64, 64, False)
+    q, k, v = inputs(1, 6, kv_heads, 200, 200, 64, 64, False)
     d_o = torch.randn_like(q)
     results = []
     with native.using(level):
-        for threads in (1, 2, 8):
+        for threads in (1, 2, 16):
             native.module().set_threads(threads)
             results.append(gradients(lambda q, k, v: flash.attention(q, k, v, causal=True), q, k, v, d_o))
     native.module().set_threads(2)
