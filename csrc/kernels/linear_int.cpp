@@ -38,6 +38,9 @@ LP_INLINE vf scale_of(const Span& s, int group, int v) {
 }
 LP_INLINE vf offset_of(const Span& s, int group, int v) { return load_half(reinterpret_cast<const uint16_t*>(s.offsets) + group * PANEL + v * W); }
 
+#if defined(__AVX2__)
+LP_INLINE void fetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }  // beyond the end is no fault
+#endif
 LP_INLINE int32_t four(const int8_t* p) { int32_t i; memcpy(&i, p, 4); return i; }
 
 #if defined(__AVX512F__)
@@ -45,14 +48,40 @@ LP_INLINE int32_t four(const int8_t* p) { int32_t i; memcpy(&i, p, 4); return i;
 struct Sums { vi v[1]; };
 LP_INLINE Sums begin(int start) { return {{_mm512_set1_epi32(start)}}; }
 
+// One row, one panel: four sums side by side, since a chain through one register would wait for itself.
+template <Format F>
+LP_INLINE vi dots_alone(vi start, const Span& s, const int8_t* x, int from, int to, long ahead) {
+  const vi flip = _mm512_set1_epi8(char(0x80)), low = _mm512_set1_epi8(15);
+  constexpr int STEP = F == W8 ? 4 : 8;
+  vi acc[4] = {start, _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+  int k = from;
+  const auto add = [&](vi& sum, int at) {
+    fetch(s.data + at * (F == W8 ? PANEL : PANEL / 2) + ahead);
+    if (F == W8) {
+      sum = _mm512_dpbusd_epi32(sum, _mm512_xor_si512(_mm512_loadu_si512(s.data + at * PANEL), flip), _mm512_set1_epi32(four(x + at)));
+    } else {
+      const vi w = _mm512_loadu_si512(s.data + at * (PANEL / 2));
+      sum = _mm512_dpbusd_epi32(sum, _mm512_and_si512(w, low), _mm512_set1_epi32(four(x + at)));
+      sum = _mm512_dpbusd_epi32(sum, _mm512_and_si512(_mm512_srli_epi16(w, 4), low), _mm512_set1_epi32(four(x + at + 4)));
+    }
+  };
+  for (; k + 4 * STEP <= to; k += 4 * STEP)
+    for (int u = 0; u < 4; u++) add(acc[u], k + u * STEP);
+  for (; k < to; k += STEP) add(acc[0], k);
+  return _mm512_add_epi32(_mm512_add_epi32(acc[0], acc[1]), _mm512_add_epi32(acc[2], acc[3]));
+}
+
 // 32 (Q4) or 4 (W8) inputs at `at`.. of one panel, added to the sums of MR rows.
 template <int MR, int NP, Format F>
-LP_INLINE void dots(Sums (&acc)[MR][NP], const Span* s, const int8_t* const* x, int from, int to) {
+LP_INLINE void dots(Sums (&acc)[MR][NP], const Span* s, const int8_t* const* x, int from, int to, long ahead) {
   if (F == W8) {
     const vi flip = _mm512_set1_epi8(char(0x80));
     for (int k = from; k < to; k += 4) {
       vi w[NP];
-      for (int j = 0; j < NP; j++) w[j] = _mm512_xor_si512(_mm512_loadu_si512(s[j].data + k * PANEL), flip);
+      for (int j = 0; j < NP; j++) {
+        fetch(s[j].data + k * PANEL + ahead);
+        w[j] = _mm512_xor_si512(_mm512_loadu_si512(s[j].data + k * PANEL), flip);
+      }
       for (int i = 0; i < MR; i++) {
         const vi a = _mm512_set1_epi32(four(x[i] + k));
         for (int j = 0; j < NP; j++) acc[i][j].v[0] = _mm512_dpbusd_epi32(acc[i][j].v[0], w[j], a);
@@ -63,6 +92,7 @@ LP_INLINE void dots(Sums (&acc)[MR][NP], const Span* s, const int8_t* const* x, 
     for (int k = from; k < to; k += 8) {
       vi lo[NP], hi[NP];
       for (int j = 0; j < NP; j++) {
+        fetch(s[j].data + k * (PANEL / 2) + ahead);
         const vi w = _mm512_loadu_si512(s[j].data + k * (PANEL / 2));
         lo[j] = _mm512_and_si512(w, low);
         hi[j] = _mm512_and_si512(_mm512_srli_epi16(w, 4), low);
@@ -84,12 +114,13 @@ struct Sums { vi v[2]; };
 LP_INLINE Sums begin(int start) { return {{_mm256_set1_epi32(start), _mm256_set1_epi32(start)}}; }
 
 template <int MR, int NP, Format F>
-LP_INLINE void dots(Sums (&acc)[MR][NP], const Span* s, const int8_t* const* x, int from, int to) {
+LP_INLINE void dots(Sums (&acc)[MR][NP], const Span* s, const int8_t* const* x, int from, int to, long ahead) {
   const vi one = _mm256_set1_epi16(1);
   if (F == W8) {
     for (int k = from; k < to; k += 4)
       for (int j = 0; j < NP; j++) {
         vi w[2], size[2];
+        fetch(s[j].data + k * PANEL + ahead);
         for (int v = 0; v < 2; v++) {
           w[v] = _mm256_loadu_si256(reinterpret_cast<const vi*>(s[j].data + k * PANEL + v * 32));
           size[v] = _mm256_abs_epi8(w[v]);
@@ -107,7 +138,8 @@ LP_INLINE void dots(Sums (&acc)[MR][NP], const Span* s, const int8_t* const* x, 
       vi narrow[MR][NP][2];
       for (int i = 0; i < MR; i++) for (int j = 0; j < NP; j++) narrow[i][j][0] = narrow[i][j][1] = _mm256_setzero_si256();
       for (int k = first; k < end; k += 8)
-        for (int j = 0; j < NP; j++)
+        for (int j = 0; j < NP; j++) {
+          fetch(s[j].data + k * (PANEL / 2) + ahead);
           for (int v = 0; v < 2; v++) {
             const vi w = _mm256_loadu_si256(reinterpret_cast<const vi*>(s[j].data + k * (PANEL / 2) + v * 32));
             const vi lo = _mm256_and_si256(w, low), hi = _mm256_and_si256(_mm256_srli_epi16(w, 4), low);
@@ -117,6 +149,7 @@ LP_INLINE void dots(Sums (&acc)[MR][NP], const Span* s, const int8_t* const* x, 
               narrow[i][j][v] = _mm256_add_epi16(narrow[i][j][v], both);
             }
           }
+        }
       for (int i = 0; i < MR; i++)
         for (int j = 0; j < NP; j++)
           for (int v = 0; v < 2; v++) acc[i][j].v[v] = _mm256_add_epi32(acc[i][j].v[v], _mm256_madd_epi16(narrow[i][j][v], one));
@@ -130,7 +163,7 @@ struct Sums { vi v[V]; };
 LP_INLINE Sums begin(int start) { Sums s; for (int v = 0; v < V; v++) s.v[v] = vi{start, start, start, start}; return s; }
 
 template <int MR, int NP, Format F>
-LP_INLINE void dots(Sums (&acc)[MR][NP], const Span* s, const int8_t* const* x, int from, int to) {
+LP_INLINE void dots(Sums (&acc)[MR][NP], const Span* s, const int8_t* const* x, int from, int to, long) {
   for (int j = 0; j < NP; j++)
     for (int k = from; k < to; k++)
       for (int c = 0; c < PANEL; c++) {
@@ -143,9 +176,9 @@ LP_INLINE void dots(Sums (&acc)[MR][NP], const Span* s, const int8_t* const* x, 
 
 #endif
 
-// MR rows x NP panels.
+// MR rows x NP panels. ahead: bytes from what is read to what should come into the cache meanwhile; 0: nothing.
 template <int MR, int NP, Format F, Offset O>
-void block(const Weight& w, const Rows8& x, int row, int panel, const float* bias, float* y, long y_stride, bool add) {
+void block(const Weight& w, const Rows8& x, int row, int panel, const float* bias, float* y, long y_stride, bool add, long ahead) {
   Span s[NP];
   const int8_t* rows[MR];
   for (int j = 0; j < NP; j++) s[j] = span<F>(w, panel + j);
@@ -163,12 +196,11 @@ void block(const Weight& w, const Rows8& x, int row, int panel, const float* bia
 #endif
       for (int j = 0; j < NP; j++) acc[i][j] = begin(start);
     }
-#if defined(__AVX2__)
-    constexpr int EACH = F == W8 ? PANEL : PANEL / 2;  // bytes of an input; one row is bound by memory, and the next panel begins where this one ends
-    for (int j = 0; MR == 1 && j < NP; j++)
-      for (int b = 0; b < size * EACH; b += 64) _mm_prefetch(reinterpret_cast<const char*>(s[j].data) + long(g) * size * EACH + b + 2048, _MM_HINT_T0);
+#if defined(__AVX512F__)
+    if (MR == 1) { for (int j = 0; j < NP; j++) acc[0][j].v[0] = dots_alone<F>(acc[0][j].v[0], s[j], rows[0], g * size, g * size + size, ahead); }
+    else
 #endif
-    dots<MR, NP, F>(acc, s, rows, g * size, g * size + size);
+    dots<MR, NP, F>(acc, s, rows, g * size, g * size + size, ahead);
     for (int j = 0; j < NP; j++)
       for (int v = 0; v < V; v++) {
         const vf scale = scale_of<F>(s[j], g, v);
@@ -197,37 +229,43 @@ void block(const Weight& w, const Rows8& x, int row, int panel, const float* bia
 }
 
 #if defined(__AVX512F__)
-constexpr int ROWS = 6, WIDE = 2, ALONE = 4;  // rows x panels of the main block; panels of a single row
+constexpr int ROWS = 6, WIDE = 2;  // rows x panels of the main block
 #elif defined(__AVX2__)
-constexpr int ROWS = 4, WIDE = 1, ALONE = 2;
+constexpr int ROWS = 4, WIDE = 1;
 #else
-constexpr int ROWS = 4, WIDE = 1, ALONE = 1;
+constexpr int ROWS = 4, WIDE = 1;
 #endif
 
+constexpr int NEAR = 4;       // panels that stay in the nearest cache while all rows pass
+constexpr long SOON = 2048;   // bytes: a single row is one stream through the panels, bound by memory
+
+// A single row takes one panel at a time: several side by side would be as many streams, each too short for the hardware's prefetch.
 template <int MR, Format F, Offset O>
-void rows_of(const Weight& w, const Rows8& x, int row, int p0, int p1, const float* bias, float* y, long y_stride, bool add) {
-  constexpr int NP = MR == 1 ? ALONE : WIDE;
-  for (; p0 + NP <= p1; p0 += NP) block<MR, NP, F, O>(w, x, row, p0, bias, y, y_stride, add);
-  for (; p0 < p1; p0++) block<MR, 1, F, O>(w, x, row, p0, bias, y, y_stride, add);
+void rows_of(const Weight& w, const Rows8& x, int row, int p0, int p1, const float* bias, float* y, long y_stride, bool add, long ahead) {
+  constexpr int NP = MR == 1 ? 1 : WIDE;
+  for (; p0 + NP <= p1; p0 += NP) block<MR, NP, F, O>(w, x, row, p0, bias, y, y_stride, add, ahead);
+  for (; p0 < p1; p0++) block<MR, 1, F, O>(w, x, row, p0, bias, y, y_stride, add, ahead);
 }
 
 template <Format F, Offset O>
 void tiles(const Weight& w, const Rows8& x, int r0, int r1, int p0, int p1, const float* bias, float* y, long y_stride, bool add) {
-  for (int p = p0; p < p1; p += 4) {  // four panels stay in the nearest cache while all rows pass
-    const int q = p + 4 < p1 && r1 - r0 > 1 ? p + 4 : p1;
+  if (r1 - r0 == 1) return rows_of<1, F, O>(w, x, r0, p0, p1, bias, y, y_stride, add, SOON);
+  const long next = NEAR * (static_cast<const uint8_t*>(span<F>(w, 1).data) - static_cast<const uint8_t*>(w.data));
+  for (int p = p0; p < p1; p += NEAR) {
+    const int q = p + NEAR < p1 ? p + NEAR : p1;
     int r = r0;
-    for (; r + ROWS <= r1; r += ROWS) rows_of<ROWS, F, O>(w, x, r, p, q, bias, y, y_stride, add);
+    for (; r + ROWS <= r1; r += ROWS) rows_of<ROWS, F, O>(w, x, r, p, q, bias, y, y_stride, add, r == r0 ? next : 0);
+    const long ahead = r == r0 ? next : 0;
     switch (r1 - r) {
 #if defined(__AVX512F__)
-      case 5: rows_of<5, F, O>(w, x, r, p, q, bias, y, y_stride, add); break;
-      case 4: rows_of<4, F, O>(w, x, r, p, q, bias, y, y_stride, add); break;
+      case 5: rows_of<5, F, O>(w, x, r, p, q, bias, y, y_stride, add, ahead); break;
+      case 4: rows_of<4, F, O>(w, x, r, p, q, bias, y, y_stride, add, ahead); break;
 #endif
-      case 3: rows_of<3, F, O>(w, x, r, p, q, bias, y, y_stride, add); break;
-      case 2: rows_of<2, F, O>(w, x, r, p, q, bias, y, y_stride, add); break;
-      case 1: rows_of<1, F, O>(w, x, r, p, q, bias, y, y_stride, add); break;
+      case 3: rows_of<3, F, O>(w, x, r, p, q, bias, y, y_stride, add, ahead); break;
+      case 2: rows_of<2, F, O>(w, x, r, p, q, bias, y, y_stride, add, ahead); break;
+      case 1: rows_of<1, F, O>(w, x, r, p, q, bias, y, y_stride, add, ahead); break;
       default: break;
     }
-    if (q == p1) break;
   }
 }
 
