@@ -1,6 +1,6 @@
 #include "step.h"
 
-#include "vec.h"
+#include "rows.h"
 
 namespace lilliput {
 namespace LILLIPUT_ISA { namespace {
@@ -16,25 +16,10 @@ void rms(const float* weight, float eps, const float* x, float* y, int dim) {
   if (i < dim) store_n(y + i, load_n(x + i, dim - i) * set1(scale) * load_n(weight + i, dim - i), dim - i);
 }
 
-void layer_norm(const Norm& n, const float* x, float* y, int dim) {
-  vf total = zero();
-  int i = 0;
-  for (; i + W <= dim; i += W) total = total + load(x + i);
-  if (i < dim) total = total + load_n(x + i, dim - i);
-  const float mean = sum(total) / float(dim);
-  total = zero();
-  for (i = 0; i + W <= dim; i += W) { const vf v = load(x + i) - set1(mean); total = fma(v, v, total); }
-  float rest = 0;
-  for (; i < dim; i++) rest += (x[i] - mean) * (x[i] - mean);
-  const float scale = 1.0f / __builtin_sqrtf((sum(total) + rest) / float(dim) + n.eps);
-  for (i = 0; i + W <= dim; i += W) store(y + i, fma((load(x + i) - set1(mean)) * set1(scale), load(n.weight + i), load(n.bias + i)));
-  for (; i < dim; i++) y[i] = (x[i] - mean) * scale * n.weight[i] + n.bias[i];
-}
-
 void norm(const Norm& n, const float* x, float* y, int rows, int dim) {
   for (int r = 0; r < rows; r++, x += dim, y += dim)
     if (n.kind == RMS_NORM) rms(n.weight, n.eps, x, y, dim);
-    else layer_norm(n, x, y, dim);
+    else layer_norm_row(n.weight, n.bias, n.eps, x, y, dim);
 }
 
 void head_norm(const float* weight, float eps, float* x, int heads, int head_dim) {

@@ -59,7 +59,7 @@ def spec_from_hf(config: Mapping[str, Any]) -> DecoderSpec:
     family = config.get("model_type", "")
     if family not in ARCHITECTURES:
         raise UserError(f"unsupported architecture `{family or (config.get('architectures') or ['?'])[0]}`", "config.json names it as model_type",
-                        f"choose a model of: {', '.join(ARCHITECTURES)}")
+                        "lilliput.models.encoder.load_encoder(folder)" if family == "bert" else f"choose a model of: {', '.join(ARCHITECTURES)}")
     for option, harmless in HARMLESS.items():
         if option in config and config[option] not in harmless:
             _refuse(option, config[option], harmless)
