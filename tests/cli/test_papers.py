@@ -50,7 +50,7 @@ def test_status_is_derived_from_run_and_registry():
 
 
 def test_no_system_without_a_run_claims_to_work():
-    assert [paper.name for paper in every() if paper.works] == ["checkpointing", "flashattention-2"]
+    assert [paper.name for paper in every() if paper.works] == ["checkpointing", "flashattention-2", "bytetransformer"]
 
 
 def test_what_works_was_measured_and_nothing_else():
@@ -101,3 +101,11 @@ def test_flashattention_claim_holds_here():
     assert finding.holds, finding.summary
     assert finding.summary == index.find("flashattention-2").measured, "the table of `lilliput papers` tells another number"
     assert [(row["tiles, causal"], row["tiles, full"]) for row in finding.rows] == [(10, 16), (36, 64), (136, 256)]
+
+
+@pytest.mark.skipif(native.module() is None, reason=str(native.missing()))
+def test_bytetransformer_claim_holds_here():
+    finding = index.find("bytetransformer").run()
+    assert finding.holds, finding.summary
+    assert finding.summary == index.find("bytetransformer").measured, "the table of `lilliput papers` tells another number"
+    assert [row["form"] for row in finding.rows] == ["packed", "padded", "padded / packed"]
