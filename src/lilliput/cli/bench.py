@@ -88,18 +88,20 @@ def decode(job: Job, rounds: int, show: Show, llama: str = "", vllm: str = "") -
     about = loop.machine()
     if native.module() is None:
         raise UserError("there is nothing of ours to measure", native.missing() or "", "install a compiler and lilliput again")
+    cache = "fp16" if job.settings.sources["serve.kv"] == "default" else job.serve.kv  # what llama.cpp keeps keys and values in
     with tempfile.TemporaryDirectory() as folder:
         workers, files = loop.peers(job.top.model, threads, llama, vllm, Path(folder), show.line)
         names = {f"ours {kind}": (str(file), "file") for kind, file in files.items()}
         names |= {"ours file": (job.top.model, "file"), "ours w8": (job.top.model, "w8"), "ours fp32": (job.top.model, "fp32")}
         sides: dict[str, Any] = {}
         for name, (model, weights) in names.items():
-            module, tokenizer, _ = load_to_serve(model, Serve(runner="native", weights=weights, kv=job.serve.kv), "cpu")  # type: ignore[arg-type]
+            kv = "fp32" if weights == "fp32" else cache
+            module, tokenizer, _ = load_to_serve(model, Serve(runner="native", weights=weights, kv=kv), "cpu")  # type: ignore[arg-type]
             assert isinstance(module, NativeDecoder), "the native runner was asked for"
-            sides[name] = loop.Ours(module, tokenizer, job.serve.kv)
+            sides[name] = loop.Ours(module, tokenizer, kv)
         sides |= workers
         try:
-            rows = loop.decode(sides, BATCHES, PREFILLS, rounds, 48, show.line)
+            rows = loop.decode(sides, BATCHES, PREFILLS, rounds, show.line)
         finally:
             for side in sides.values():
                 side.end()

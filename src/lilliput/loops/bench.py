@@ -40,7 +40,17 @@ def machine() -> dict[str, Any]:
     kernels = native.level()
     count = 0 if native.module() is None else native.module().threads()
     cpu = names[0] if names else platform.processor()
-    return {"cpu": cpu, "kernels": kernels, "threads": count, "load": round(load[0], 2), "python": platform.python_version()}
+    told = {"cpu": cpu, "kernels": kernels, "threads": count, "load": round(load[0], 2), "python": platform.python_version()}
+    return told | ({"commit": commit} if (commit := _commit()) else {})
+
+
+def _commit() -> str:
+    """The commit of a source checkout, "+" where files differ from it; "" for an installed package."""
+    try:
+        said = subprocess.run(["git", "-C", str(PEERS), "describe", "--always", "--dirty=+"], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return said.stdout.strip() if said.returncode == 0 else ""
 
 
 def _lines(path: str) -> list[str]:
@@ -139,10 +149,10 @@ class Ours:
         """Nothing to end."""
 
 
-def decode(sides: Mapping[str, Worker | Ours], batches: Sequence[int], prefills: Sequence[int], rounds: int, steps: int,
+def decode(sides: Mapping[str, Worker | Ours], batches: Sequence[int], prefills: Sequence[int], rounds: int,
            note: Callable[[str], None]) -> list[dict[str, Any]]:  # fmt: skip
     """One row a side, one column a load; medians over rounds in which the sides take turns. Ratios: see `against`."""
-    asked = [{"batch": batch, "steps": steps} for batch in batches] + [{"prefill": tokens} for tokens in prefills]
+    asked = [{"batch": batch, "steps": min(48, max(12, 192 // batch))} for batch in batches] + [{"prefill": tokens} for tokens in prefills]
     rows: dict[str, dict[str, Any]] = {name: {"side": name} for name in sides}
     for load in asked:
         label = f"batch {load['batch']}" if "batch" in load else f"prompt {load['prefill']}"
