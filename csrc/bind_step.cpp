@@ -7,14 +7,6 @@ using namespace lilliput;
 
 namespace {
 
-Product product(const Weight& w, Address bias, bool int8) {
-  Product p;
-  p.weight = w;
-  p.bias = at<float>(bias);
-  p.int8 = int8;
-  return p;
-}
-
 Product& slot(Plan& plan, int layer, int which) {
   if (layer < 0) return which == 0 ? plan.project_in : which == 1 ? plan.project_out : plan.head;
   Layer& l = plan.layers.at(size_t(layer));
@@ -72,7 +64,9 @@ void bind_step(nb::module_& m) {
         layer.window = window;
         p.layers.push_back(std::move(layer));
       })
-      .def("product", [](Plan& p, int layer, int which, const Weight& w, Address bias, bool int8) { slot(p, layer, which) = product(w, bias, int8); })
+      .def("product", [](Plan& p, int layer, int which, const Weight& w, Address bias, bool int8, Address scales) {
+        slot(p, layer, which) = Product{w, at<float>(bias), int8, at<float>(scales)};
+      })
       .def("norm", [](Plan& p, int layer, int which, int kind, Address weight, Address bias, float eps) {
         Norm& n = layer < 0 ? p.norm : which == 0 ? p.layers.at(size_t(layer)).input_norm : p.layers.at(size_t(layer)).mlp_norm;
         n.kind = NormKind(kind); n.weight = at<float>(weight); n.bias = at<float>(bias); n.eps = eps;

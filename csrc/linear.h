@@ -33,7 +33,8 @@ struct Weight {
   int groups() const { return group ? inputs / group : 1; }
 };
 
-// Rows quantised for one weight's grouping: q = round(x / scale), scale = max|x| / 127 over the group (over the row when group is 0).
+// Rows quantised for one weight's grouping: q = round(x / scale), clamped to +-127. scale: max|x| / 127 over the group (over the row when
+// group is 0), or `given` [groups], the same for every row (static, from calibration).
 struct Rows8 {
   int8_t* q;       // [rows][stride], stride = inputs rounded up to 64, padded with zeros; 64-byte aligned
   float* scales;   // [rows][groups]
@@ -43,7 +44,7 @@ struct Rows8 {
 
 // Outputs of panels [panel0, panel1) for rows [row0, row1). y is the address of row 0, output 0; bias may be null; add: y += instead of y =.
 struct IntKernels {
-  void (*quantize)(const float* x, long x_stride, int row0, int row1, int inputs, int group, const Rows8& to);
+  void (*quantize)(const float* x, long x_stride, int row0, int row1, int inputs, int group, const float* given, const Rows8& to);
   void (*tile)(const Weight& w, const Rows8& x, int row0, int row1, int panel0, int panel1, const float* bias, float* y, long y_stride, bool add);
 };
 struct FloatKernels {

@@ -135,7 +135,7 @@ void Plan::product(const Product& p, const float* x, long x_stride, int rows, fl
   int8_t* aligned = reinterpret_cast<int8_t*>((reinterpret_cast<uintptr_t>(scratch.q.data()) + 63) & ~uintptr_t(63));
   const Rows8 q{aligned, scratch.scales.data(), scratch.sums.data(), stride, groups};
   const auto quantize = linear_int().quantize;
-  each_row(rows, p.weight.inputs, [&](int r) { quantize(x, x_stride, r, r + 1, p.weight.inputs, p.weight.group, q); });
+  each_row(rows, p.weight.inputs, [&](int r) { quantize(x, x_stride, r, r + 1, p.weight.inputs, p.weight.group, p.scales, q); });
   linear8(p.weight, q, rows, p.bias, y, y_stride, add);
 }
 

@@ -33,6 +33,7 @@ struct Product {  // y = x W^T + b; int8: rows are quantised first
   Weight weight{};
   const float* bias = nullptr;
   bool int8 = false;
+  const float* scales = nullptr;  // of int8 rows, [groups]: static; null: of each row anew
   explicit operator bool() const { return weight.data != nullptr; }
 };
 

@@ -285,7 +285,7 @@ LP_INLINE void store_bytes(int8_t* p, vi v) {
 }
 
 // A group with a number that is not finite gets the scale NaN, so that its row answers NaN and no other does.
-void quantize(const float* x, long x_stride, int r0, int r1, int inputs, int group, const Rows8& to) {
+void quantize(const float* x, long x_stride, int r0, int r1, int inputs, int group, const float* given, const Rows8& to) {
   const int size = group ? group : inputs;
   for (int r = r0; r < r1; r++) {
     const float* row = x + r * x_stride;
@@ -298,17 +298,19 @@ void quantize(const float* x, long x_stride, int r0, int r1, int inputs, int gro
       if (k < size) { const vf v = load_n(from + k, size - k); most = max(most, abs(v)); odd = odd + (v - v); }
       const float top = hmax(most), fault = sum(odd);
       const bool finite = fault == 0.0f;
-      const float inverse = finite && top > 1e-30f ? 127.0f / top : 0.0f;  // below, the inverse would be infinite
+      const float scale = given ? given[g] : top / 127.0f;
+      const float inverse = !finite || (given ? scale : top) <= 1e-30f ? 0.0f : given ? 1.0f / scale : 127.0f / top;  // below, it would be infinite
+      const vf most_q = set1(127.0f), least_q = set1(-127.0f);
       int32_t total = 0;
       for (k = 0; k < size; k += W) {
         const int n = size - k < W ? size - k : W;
         const vf v = n == W ? load(from + k) : load_n(from + k, n);
-        const vi rounded = finite ? to_int(v * set1(inverse)) : to_int(zero());
+        const vi rounded = finite ? to_int(max(min(v * set1(inverse), most_q), least_q)) : to_int(zero());
         if (n == W) store_bytes(q + g * size + k, rounded);
         else { int8_t rest[PANEL]; store_bytes(rest, rounded); memcpy(q + g * size + k, rest, size_t(n)); }
       }
       for (k = 0; k < size; k++) total += q[g * size + k];
-      to.scales[long(r) * to.groups + g] = finite ? top / 127.0f : bits_float(0x7fc00000);
+      to.scales[long(r) * to.groups + g] = finite ? scale : bits_float(0x7fc00000);
       to.sums[long(r) * to.groups + g] = total;
     }
     if (to.stride > inputs) memset(q + inputs, 0, size_t(to.stride - inputs));

@@ -112,6 +112,24 @@ def test_rows_that_are_not_finite_spoil_only_themselves(level: str) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ["w8", "w8 g32", "q4", "q4 mins"])
+def test_static_scales_are_the_same_for_every_row_and_saturate(name: str, level: str) -> None:
+    torch.manual_seed(4)
+    weight, x = make(torch.randn(40, 96), name), torch.randn(9, 96)
+    static = torch.rand(weight.groups) * 0.02 + 0.01  # 127 of them: 1.3 to 3.8, so some numbers saturate
+    assert (x.unflatten(-1, (weight.groups, -1)).abs() > 127 * static[:, None]).any()
+    q, scales, sums = packed.quantize_rows(x, weight.group, static)
+    assert q.abs().max() == 127 and (scales == static).all() and torch.equal(sums, q.unflatten(-1, (weight.groups, -1)).sum(-1, dtype=torch.int32))
+    with native.using(level):
+        got = packed.linear(x, weight, static_G=static)
+        torch.testing.assert_close(got, packed.reference(x, weight, None, True, static), atol=1e-4, rtol=1e-5)
+        assert torch.equal(packed.linear(x[4:5], weight, static_G=static), got[4:5])
+    own = packed.quantize_rows(x, weight.group)[1]
+    torch.testing.assert_close(packed.linear(x[:1], weight, static_G=own[0].clone()), packed.linear(x[:1], weight), atol=1e-5, rtol=1e-5)
+
+
+@needs_native
 def test_outliers_stay_in_their_row_and_group() -> None:
     """One row 3,000 times the others, one number 3,000 times its row: scales are a row's (w8) or a group's (q4)."""
     torch.manual_seed(3)
@@ -195,5 +213,5 @@ def test_minus_128_is_refused() -> None:
 @needs_native
 def test_the_op_is_a_good_torch_citizen() -> None:
     weight = codecs.quantize_q4(torch.randn(20, 64), 32)
-    arguments = torch.randn(3, 64), weight.data, weight.scales, None, 3, 20, 32, 0, None, True
+    arguments = torch.randn(3, 64), weight.data, weight.scales, None, 3, 20, 32, 0, None, True, None
     torch.library.opcheck(packed.LINEAR, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -20,13 +20,16 @@ from lilliput.ops import codecs, float_codecs, native
 from lilliput.ops.panels import FORMATS, INT8_ROWS, OFFSETS, PackedWeight
 
 
-def quantize_rows(x_RK: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 rows -> (q int8 [R, K], scales fp32 [R, G], sums int32 [R, G]) by plain torch: q = round(x / scale), scale = max|x| / 127."""
+def quantize_rows(x_RK: Tensor, group: int, static_G: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 rows -> (q int8 [R, K], scales fp32 [R, G], sums int32 [R, G]) by plain torch: q = round(x / scale) within +-127.
+
+    scale = max|x| / 127 of each row and group anew, or `static_G` for every row.
+    """
     grouped = x_RK.unflatten(-1, (-1, group or x_RK.shape[-1]))
-    top = grouped.abs().amax(-1)
-    scales = top / 127
-    inverse = torch.where(top > 1e-30, 127 / top, torch.zeros(()))
-    q = (grouped * inverse[..., None]).round().to(torch.int8)
+    top = grouped.abs().amax(-1) if static_G is None else static_G.expand(x_RK.shape[0], -1) * 127
+    scales = top / 127 if static_G is None else static_G.expand(x_RK.shape[0], -1)
+    inverse = torch.where(top > 1e-30, 127 / top if static_G is None else 1 / scales, torch.zeros(()))
+    q = (grouped * inverse[..., None]).round().clamp(-127, 127).to(torch.int8)
     return q.flatten(-2), scales, q.sum(-1, dtype=torch.int32)
 
 
@@ -39,39 +42,45 @@ def supports(x: Tensor, weight: PackedWeight) -> str | None:
     return None
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activations: str = "auto", add_to: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activations: str = "auto", static_G: Tensor | None = None, add_to: Tensor | None = None
+) -> Tensor:
     """x [..., inputs] fp32 -> [..., outputs]. activations: "int8" (formats w8, q4), "fp32", or auto = int8 where the format has it.
 
-    add_to [..., outputs], contiguous: the product is added to it in place, and it is returned.
+    static_G [weight.groups] fp32: scales of int8 rows from calibration, instead of each row's own: what is larger than 127 of them
+    saturates. add_to [..., outputs], contiguous: the product is added to it in place, and it is returned.
     """
     int8 = weight.format in INT8_ROWS if activations == "auto" else activations == "int8"
     assert not int8 or weight.format in INT8_ROWS, f"{weight.format} takes no int8 rows"
+    assert static_G is None or (int8 and static_G.shape == (weight.groups,) and static_G.dtype == torch.float32 and static_G.is_contiguous()), (
+        f"static scales are fp32 [{weight.groups}] for int8 rows, got {None if static_G is None else (static_G.dtype, tuple(static_G.shape))}"
+    )
     if supports(x, weight) is not None:
-        y = reference(x, weight, bias, int8)
+        y = reference(x, weight, bias, int8, static_G)
         return y if add_to is None else add_to.add_(y)
     flat = x.reshape(-1, weight.inputs)
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
     if add_to is None:
         numbers = FORMATS.index(weight.format), weight.outputs, weight.group, OFFSETS.index(weight.offset)
-        return LINEAR(flat, weight.data, weight.scales, weight.offsets, *numbers, bias, int8).view(*x.shape[:-1], weight.outputs)
+        return LINEAR(flat, weight.data, weight.scales, weight.offsets, *numbers, bias, int8, static_G).view(*x.shape[:-1], weight.outputs)
     assert add_to.is_contiguous(), "add_to must be contiguous"
-    _multiply(flat, weight, bias, int8, add_to.view(-1, weight.outputs), True)
+    _multiply(flat, weight, bias, int8, static_G, add_to.view(-1, weight.outputs), True)
     return add_to
 
 
-def reference(x: Tensor, weight: PackedWeight, bias: Tensor | None, int8: bool) -> Tensor:
+def reference(x: Tensor, weight: PackedWeight, bias: Tensor | None, int8: bool, static_G: Tensor | None = None) -> Tensor:
     """The same by plain torch: rows rounded to int8 and back where `int8`, times the unpacked weight."""
     flat = x.reshape(-1, weight.inputs)
     if int8:
-        q, scales, _ = quantize_rows(flat, weight.group)
+        q, scales, _ = quantize_rows(flat, weight.group, static_G)
         flat = (q.unflatten(-1, (weight.groups, -1)) * scales[..., None]).flatten(-2)
     whole = (codecs if weight.format in INT8_ROWS else float_codecs).decode(weight)
     y = flat @ whole.t()
     return (y if bias is None else y + bias).view(*x.shape[:-1], weight.outputs)
 
 
-def _multiply(x_RK: Tensor, weight: PackedWeight, bias: Tensor | None, int8: bool, y_RN: Tensor, add: bool) -> None:
+def _multiply(x_RK: Tensor, weight: PackedWeight, bias: Tensor | None, int8: bool, static_G: Tensor | None, y_RN: Tensor, add: bool) -> None:
     module, count = native.module(), x_RK.shape[0]
     bias_at = 0 if bias is None else bias.data_ptr()
     if not int8:
@@ -82,21 +91,22 @@ def _multiply(x_RK: Tensor, weight: PackedWeight, bias: Tensor | None, int8: boo
     start = -q.data_ptr() % 64
     scales, sums = torch.empty(count, weight.groups), torch.empty(count, weight.groups, dtype=torch.int32)
     where = (q.data_ptr() + start, scales.data_ptr(), sums.data_ptr(), stride, weight.groups)
-    module.quantize(x_RK.data_ptr(), x_RK.stride(0), count, weight.inputs, weight.group, *where)
+    given = 0 if static_G is None else static_G.data_ptr()
+    module.quantize(x_RK.data_ptr(), x_RK.stride(0), count, weight.inputs, weight.group, given, *where)
     module.linear8(weight.native(), *where, count, bias_at, y_RN.data_ptr(), weight.outputs, add)
 
 
 def _run(x: Tensor, data: Tensor, scales: Tensor | None, offsets: Tensor | None, format: int, outputs: int, group: int, offset: int,
-         bias: Tensor | None, int8: bool) -> Tensor:  # fmt: skip
+         bias: Tensor | None, int8: bool, static_G: Tensor | None) -> Tensor:  # fmt: skip
     y = x.new_empty(x.shape[0], outputs)
-    _multiply(x, PackedWeight(FORMATS[format], outputs, x.shape[1], group, OFFSETS[offset], data, scales, offsets), bias, int8, y, False)
+    _multiply(x, PackedWeight(FORMATS[format], outputs, x.shape[1], group, OFFSETS[offset], data, scales, offsets), bias, int8, static_G, y, False)
     return y
 
 
 def _fake(x: Tensor, data: Tensor, scales: Tensor | None, offsets: Tensor | None, format: int, outputs: int, group: int, offset: int,
-          bias: Tensor | None, int8: bool) -> Tensor:  # fmt: skip
+          bias: Tensor | None, int8: bool, static_G: Tensor | None) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], outputs)
 
 
 LINEAR = native.define("linear_packed(Tensor x, Tensor data, Tensor? scales, Tensor? offsets, int format, int outputs, int group, int offset, "
-                       "Tensor? bias, bool int8) -> Tensor", _run, _fake)  # fmt: skip
+                       "Tensor? bias, bool int8, Tensor? static_G) -> Tensor", _run, _fake)  # fmt: skip
