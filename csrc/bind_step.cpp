@@ -33,8 +33,9 @@ struct Hook {
 };
 
 void forward(Plan& plan, Address tokens, Address x, Address positions, int rows, int sequences, Address cu_q, Address lengths, Address tables,
-             int table_stride, int first, int last, nb::object reduce) {
-  const Batch batch{rows, at<int32_t>(positions), {sequences, at<int32_t>(cu_q), at<int32_t>(lengths), at<int32_t>(tables), table_stride}};
+             int table_stride, int first, int last, Address mass, int mass_stride, nb::object reduce) {
+  const PagedBatch paged{sequences, at<int32_t>(cu_q), at<int32_t>(lengths), at<int32_t>(tables), table_stride};
+  const Batch batch{rows, at<int32_t>(positions), paged, at<float>(mass), mass_stride};
   Hook hook{reduce, nb::object()};
   {
     nb::gil_scoped_release released;
@@ -50,18 +51,19 @@ void forward(Plan& plan, Address tokens, Address x, Address positions, int rows,
 
 void bind_step(nb::module_& m) {
   nb::class_<Plan>(m, "Plan")
-      .def("__init__", [](Plan* p, int dim, int heads, int kv_heads, int head_dim, int ffn, int vocab, int wide, int act, float scale, bool rotate_on_read) {
+      .def("__init__", [](Plan* p, int dim, int heads, int kv_heads, int head_dim, int ffn, int vocab, int wide, int act, float scale) {
         new (p) Plan();
         p->dim = dim; p->heads = heads; p->kv_heads = kv_heads; p->head_dim = head_dim; p->ffn = ffn; p->vocab = vocab; p->wide = wide;
-        p->act = Act(act); p->scale = scale; p->rotate_on_read = rotate_on_read;
+        p->act = Act(act); p->scale = scale;
       })
       .def("rope", [](Plan& p, Address cos, Address sin) { p.cos = at<float>(cos); p.sin = at<float>(sin); })
+      .def("rotate_on_read", [](Plan& p, Address cos, Address sin) { p.key_cos = at<float>(cos); p.key_sin = at<float>(sin); })
       .def("learned", [](Plan& p, Address table) { p.learned = at<float>(table); })
       .def("embed", [](Plan& p, const Weight& w) { p.embed = w; })
-      .def("add_layer", [](Plan& p, std::vector<int> regions, int window) {
+      .def("add_layer", [](Plan& p, std::vector<int> regions, int window, int sinks) {
         Layer layer;
         layer.regions = std::move(regions);
-        layer.window = window;
+        layer.window = window; layer.sinks = sinks;
         p.layers.push_back(std::move(layer));
       })
       .def("product", [](Plan& p, int layer, int which, const Weight& w, Address bias, bool int8, Address scales) {
@@ -77,7 +79,8 @@ void bind_step(nb::module_& m) {
       })
       .def("cache", [](Plan& p, int layer, const KvCache& cache) { p.layers.at(size_t(layer)).cache = cache; })
       .def("forward", &forward, nb::arg("tokens"), nb::arg("x"), nb::arg("positions"), nb::arg("rows"), nb::arg("sequences"), nb::arg("cu_q"),
-           nb::arg("lengths"), nb::arg("tables"), nb::arg("table_stride"), nb::arg("first"), nb::arg("last"), nb::arg("reduce").none())
+           nb::arg("lengths"), nb::arg("tables"), nb::arg("table_stride"), nb::arg("first"), nb::arg("last"), nb::arg("mass"), nb::arg("mass_stride"),
+           nb::arg("reduce").none())
       .def("logits", [](Plan& p, Address x, Address sampled, int count, Address out) { p.logits(at<float>(x), at<int32_t>(sampled), count, at<float>(out)); },
            Released());
 }

@@ -31,7 +31,7 @@ PagedTask prepare(Rows& r, const Part& part, const KvCache& c, const PagedBatch&
   const auto n = size_t(rows), wide = n * size_t(d);
   r.q.resize(wide); r.o.resize(wide); r.o2.resize(wide);
   r.m.resize(n); r.l.resize(n); r.m2.resize(n); r.l2.resize(n); r.limit.resize(n);
-  r.scratch.resize(n * KEY_TILE + size_t(2 * 16 * d));
+  r.scratch.resize(n * KEY_TILE + size_t((KEY_TILE + 16) * d));
   const int behind = b.lengths[part.sequence] - b.cu_q[part.sequence + 1];  // + row of the batch = its position
   for (int i = 0; i < part.queries; i++)
     for (int g = 0; g < group; g++) {
@@ -39,31 +39,34 @@ PagedTask prepare(Rows& r, const Part& part, const KvCache& c, const PagedBatch&
       paged().scale(q + (part.first_query + i) * q_stride + long(part.kv_head * group + g) * d, o.scale, r.q.data() + long(row) * d, d);
       r.limit[size_t(row)] = part.first_query + i + behind + 1;
     }
-  return {&c, &o, b.tables + long(part.sequence) * b.table_stride, part.kv_head, rows, r.q.data(), r.limit.data(), r.m.data(), r.l.data(),
+  return {&c, &o, b.tables + long(part.sequence) * b.table_stride, part.kv_head, rows, -1, r.q.data(), r.limit.data(), r.m.data(), r.l.data(),
       r.o.data(), r.scratch.data()};
+}
+
+// All segments of a part, merged into r.m, r.l and r.o.
+void whole(Rows& r, PagedTask t) {
+  const int last = t.limit[t.rows - 1];
+  paged().segment(t, 0, std::min(last, SEGMENT));
+  t.m = r.m2.data(); t.l = r.l2.data(); t.o = r.o2.data();
+  for (int segment = SEGMENT; segment < last; segment += SEGMENT) {
+    paged().segment(t, segment, std::min(last, segment + SEGMENT));
+    paged().merge(r.m.data(), r.l.data(), r.o.data(), t.m, t.l, t.o, t.rows, t.cache->head_dim);
+  }
 }
 
 }  // namespace
 
+void paged_write_row(const KvCache& cache, const PagedBatch& batch, int row, const float* k, const float* v) {
+  const int s = int(std::upper_bound(batch.cu_q, batch.cu_q + batch.sequences + 1, row) - batch.cu_q) - 1;
+  const int position = batch.lengths[s] - batch.cu_q[s + 1] + row;
+  const int32_t* table = batch.tables + long(s) * batch.table_stride;
+  for (int h = 0; h < cache.kv_heads; h++) paged().write(cache, table, position, h, k + long(h) * cache.head_dim, v + long(h) * cache.head_dim);
+}
+
 void paged_write(const KvCache& cache, const PagedBatch& batch, const float* k, const float* v, long stride) {
-  const int rows = batch.cu_q[batch.sequences], d = cache.head_dim;
-  const auto write = paged().write;
-  const auto one = [&](int s, int row) {
-    const int position = batch.lengths[s] - batch.cu_q[s + 1] + row;
-    const int32_t* table = batch.tables + long(s) * batch.table_stride;
-    for (int h = 0; h < cache.kv_heads; h++) write(cache, table, position, h, k + row * stride + long(h) * d, v + row * stride + long(h) * d);
-  };
-  if (rows <= 32 || cache.codec == KV_I4) {  // 4-bit keys of two tokens share a byte: no two threads may write them
-    for (int s = 0; s < batch.sequences; s++) for (int row = batch.cu_q[s]; row < batch.cu_q[s + 1]; row++) one(s, row);
-    return;
-  }
-  parallel((rows + 15) / 16, [&](int task, int) {
-    const int end = std::min(rows, task * 16 + 16);
-    int s = int(std::upper_bound(batch.cu_q, batch.cu_q + batch.sequences + 1, task * 16) - batch.cu_q) - 1;
-    for (int row = task * 16; row < end; row++) {
-      while (row >= batch.cu_q[s + 1]) s++;
-      one(s, row);
-    }
+  const int rows = batch.cu_q[batch.sequences], chunk = cache.codec == KV_I4 ? rows : 4;
+  parallel(rows ? (rows + chunk - 1) / chunk : 0, [&](int task, int) {
+    for (int row = task * chunk; row < std::min(rows, task * chunk + chunk); row++) paged_write_row(cache, batch, row, k + row * stride, v + row * stride);
   });
 }
 
@@ -101,18 +104,15 @@ void paged_attention(const KvCache& c, const PagedBatch& b, const PagedOptions& 
       answer(parts[i], first.l.data(), first.o.data());
     }
   } else {
-    parallel(int(parts.size()), [&](int task, int worker) {
-      const Part& part = parts[size_t(task)];
-      Rows& r = scratch[size_t(worker)];
-      PagedTask t = prepare(r, part, c, b, o, heads, q, q_stride);
-      const int last = t.limit[t.rows - 1];
-      paged().segment(t, 0, std::min(last, SEGMENT));
-      t.m = r.m2.data(); t.l = r.l2.data(); t.o = r.o2.data();
-      for (int segment = SEGMENT; segment < last; segment += SEGMENT) {
-        paged().segment(t, segment, std::min(last, segment + SEGMENT));
-        paged().merge(r.m.data(), r.l.data(), r.o.data(), t.m, t.l, t.o, t.rows, d);
+    const int together = int(parts.size()) >= 4 * c.kv_heads * threads() ? c.kv_heads : 1;  // heads of a sequence: each asks for the next one's keys
+    parallel(int(parts.size()) / together, [&](int task, int worker) {
+      for (int i = task * together; i < (task + 1) * together; i++) {
+        Rows& r = scratch[size_t(worker)];
+        PagedTask t = prepare(r, parts[size_t(i)], c, b, o, heads, q, q_stride);
+        t.next_head = i + 1 < (task + 1) * together ? t.kv_head + 1 : -1;
+        whole(r, t);
+        answer(parts[size_t(i)], r.l.data(), r.o.data());
       }
-      answer(part, r.l.data(), r.o.data());
     });
   }
   if (!o.mass) return;
@@ -120,16 +120,9 @@ void paged_attention(const KvCache& c, const PagedBatch& b, const PagedOptions& 
     Rows& r = scratch[size_t(worker)];
     for (const Part& part : parts) {
       if (part.sequence != task / c.kv_heads || part.kv_head != task % c.kv_heads) continue;
-      PagedTask t = prepare(r, part, c, b, o, heads, q, q_stride);
-      const int last = t.limit[t.rows - 1];
-      paged().segment(t, 0, std::min(last, SEGMENT));
-      t.m = r.m2.data(); t.l = r.l2.data(); t.o = r.o2.data();
-      for (int segment = SEGMENT; segment < last; segment += SEGMENT) {
-        paged().segment(t, segment, std::min(last, segment + SEGMENT));
-        paged().merge(r.m.data(), r.l.data(), r.o.data(), t.m, t.l, t.o, t.rows, d);
-      }
-      t.m = r.m.data(); t.l = r.l.data();
-      paged().mass(t, 0, last, o.mass + (long(part.sequence) * c.kv_heads + part.kv_head) * o.mass_stride);
+      const PagedTask t = prepare(r, part, c, b, o, heads, q, q_stride);
+      whole(r, t);
+      paged().mass(t, 0, t.limit[t.rows - 1], o.mass + (long(part.sequence) * c.kv_heads + part.kv_head) * o.mass_stride);
     }
   });
 }

@@ -41,7 +41,7 @@ struct PagedOptions {
   float scale;
   int window;             // 0 = none; a query sees itself and the window - 1 before it, and the first `sinks` keys
   int sinks;
-  const float* cos;       // [positions][head_dim / 2] when keys lie before RoPE, else null
+  const float* cos;       // [positions / 16][head_dim / 2][16] when keys lie before RoPE, else null
   const float* sin;
   float* mass;            // null, or [sequences][kv_heads][mass_stride]: attention probability of each key, summed over queries and the group
   int mass_stride;
@@ -50,6 +50,8 @@ struct PagedOptions {
 // New keys and values of the packed rows into the cache, at the last cu_q[s + 1] - cu_q[s] positions of each sequence.
 // k, v: [rows][kv_heads * head_dim], rows `stride` floats apart.
 void paged_write(const KvCache& cache, const PagedBatch& batch, const float* k, const float* v, long stride);
+// One row of them. Rows of one sequence may not be written by two threads at once with 4-bit keys: two tokens share a byte.
+void paged_write_row(const KvCache& cache, const PagedBatch& batch, int row, const float* k, const float* v);
 
 // q, o: [rows][heads * head_dim], rows q_stride and o_stride floats apart.
 void paged_attention(const KvCache& cache, const PagedBatch& batch, const PagedOptions& options, int heads, const float* q, long q_stride, float* o,
@@ -62,12 +64,13 @@ struct PagedTask {        // queries of one sequence that share a kv head, over 
   const PagedOptions* options;
   const int32_t* table;
   int kv_head, rows;
+  int next_head;          // whose first keys are asked for at the end; -1: none
   const float* q;         // [rows][head_dim], scaled
   const int32_t* limit;   // [rows]: keys each row may see
   float* m;               // [rows]: running maximum, sum and weighted values of this segment
   float* l;
   float* o;               // [rows][head_dim]
-  float* scratch;         // rows * KEY_TILE + 2 * 16 * head_dim
+  float* scratch;         // rows * KEY_TILE + (KEY_TILE + 16) * head_dim
 };
 
 struct PagedKernels {

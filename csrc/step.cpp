@@ -57,19 +57,20 @@ void rotate(Step& s, const Layer& layer) {
   const long width = qkv_width(p), q = long(p.heads) * p.head_dim, kv = long(p.kv_heads) * p.head_dim;
   float* rows = p.scratch.qkv.data();
   const int half = p.head_dim / 2;
-  if (p.cos || layer.q_norm)
-    each_row(s.batch.rows, q + kv, [&](int r) {
-      float* row = rows + r * width;
-      if (layer.q_norm) {
-        step().head_norm(layer.q_norm, layer.qk_eps, row, p.heads, p.head_dim);
-        step().head_norm(layer.k_norm, layer.qk_eps, row + q, p.kv_heads, p.head_dim);
-      }
-      if (!p.cos) return;
-      const float* c = p.cos + long(s.batch.positions[r]) * half;
-      const float* d = p.sin + long(s.batch.positions[r]) * half;
-      step().rotate(c, d, row, p.rotate_on_read ? p.heads : p.heads + p.kv_heads, p.head_dim);
-    });
-  paged_write(layer.cache, s.batch.paged, rows + q, rows + q + kv, width);
+  const bool apart = layer.cache.codec == KV_I4;  // neighbours share bytes there
+  each_row(s.batch.rows, width, [&](int r) {
+    float* row = rows + r * width;
+    if (layer.q_norm) {
+      step().head_norm(layer.q_norm, layer.qk_eps, row, p.heads, p.head_dim);
+      step().head_norm(layer.k_norm, layer.qk_eps, row + q, p.kv_heads, p.head_dim);
+    }
+    if (p.cos) {
+      const long angle = long(s.batch.positions[r]) * half;
+      step().rotate(p.cos + angle, p.sin + angle, row, p.key_cos ? p.heads : p.heads + p.kv_heads, p.head_dim);
+    }
+    if (!apart) paged_write_row(layer.cache, s.batch.paged, r, row + q, row + q + kv);
+  });
+  if (apart) paged_write(layer.cache, s.batch.paged, rows + q, rows + q + kv, width);
 }
 
 void attend(Step& s, const Layer& layer) {
@@ -77,7 +78,13 @@ void attend(Step& s, const Layer& layer) {
   PagedOptions options{};
   options.scale = p.scale;
   options.window = layer.window;
-  if (p.rotate_on_read) { options.cos = p.cos; options.sin = p.sin; }
+  options.sinks = layer.sinks;
+  options.cos = p.key_cos;
+  options.sin = p.key_sin;
+  if (s.batch.mass) {
+    options.mass = s.batch.mass + (&layer - p.layers.data()) * long(s.batch.paged.sequences) * p.kv_heads * s.batch.mass_stride;
+    options.mass_stride = s.batch.mass_stride;
+  }
   const long q = long(p.heads) * p.head_dim;
   float* o = room(p.scratch.attended, s.batch.rows * q);
   paged_attention(layer.cache, s.batch.paged, options, p.heads, p.scratch.qkv.data(), qkv_width(p), o, q);

@@ -44,7 +44,7 @@ struct Layer {
   const float* q_norm = nullptr;  // RMS over head_dim, before RoPE
   const float* k_norm = nullptr;
   float qk_eps = 0;
-  int window = 0;
+  int window = 0, sinks = 0;
   KvCache cache{};
 };
 
@@ -55,6 +55,8 @@ struct Batch {
   int rows;
   const int32_t* positions;  // [rows]
   PagedBatch paged;
+  float* mass = nullptr;     // null, or [layers][sequences][kv_heads][mass_stride]: attention probabilities of the keys are added (paged.h)
+  int mass_stride = 0;
 };
 
 struct KernelsOfStep {
@@ -69,10 +71,11 @@ LILLIPUT_DISPATCH(KernelsOfStep, step)
 struct Plan {
   int dim = 0, heads = 0, kv_heads = 0, head_dim = 0, ffn = 0, vocab = 0, wide = 0;
   Act act = SWIGLU;
-  bool rotate_on_read = false;
   float scale = 0;
   const float* cos = nullptr;        // [positions][head_dim / 2]; null: no RoPE
   const float* sin = nullptr;
+  const float* key_cos = nullptr;    // the same as tiles (paged.h) when keys lie before RoPE and are rotated when read; else null
+  const float* key_sin = nullptr;
   const float* learned = nullptr;    // [positions][dim]: learned positions
   Weight embed{};
   Product project_in, project_out, head;

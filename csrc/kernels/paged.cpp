@@ -7,9 +7,9 @@ namespace LILLIPUT_ISA { namespace {
 
 constexpr int KEYS = 16, V = KEYS / W;
 #if defined(__AVX512F__)
-constexpr int ROWS = 8, ACROSS = 4;  // rows of one score block; vectors of values that stay in registers with 4 rows
+constexpr int ROWS = 8, ACROSS = 4, WIDE = 4;  // rows of one score block; vectors of values, and 16s of keys, in registers with 3 or 4 rows
 #else
-constexpr int ROWS = 4, ACROSS = 2;
+constexpr int ROWS = 4, ACROSS = 2, WIDE = 2;
 #endif
 constexpr int OUT_ROWS = 4;
 const float NONE = -__builtin_inff();
@@ -40,8 +40,16 @@ void write(const KvCache& c, const int32_t* table, int position, int head, const
     for (int i = 0; i < d; i++) static_cast<float*>(c.keys)[key + long(i) * KEYS] = k[i];
     memcpy(static_cast<float*>(c.values) + value, v, size_t(d) * 4);
   } else if (c.codec == KV_F16) {
-    for (int i = 0; i < d; i++) static_cast<uint16_t*>(c.keys)[key + long(i) * KEYS] = float_to_half(k[i]);
-    for (int i = 0; i < d; i++) static_cast<uint16_t*>(c.values)[value + i] = float_to_half(v[i]);
+    uint16_t* keys = static_cast<uint16_t*>(c.keys) + key;
+    uint16_t* values = static_cast<uint16_t*>(c.values) + value;
+    uint16_t part[W];
+    int i = 0;
+    for (; i + W <= d; i += W) {
+      store_half(part, load(k + i));
+      for (int j = 0; j < W; j++) keys[long(i + j) * KEYS] = part[j];
+      store_half(values + i, load(v + i));
+    }
+    for (; i < d; i++) { keys[long(i) * KEYS] = float_to_half(k[i]); values[i] = float_to_half(v[i]); }
   } else {
     const int levels = c.codec == KV_I8 ? 255 : 15;
     for (int side = 0; side < 2; side++) {
@@ -67,6 +75,37 @@ LP_INLINE float stored(const KvCache& c, const void* area, long at) {
   return float(c.codec == KV_I8 ? bytes[at] : at % 2 ? bytes[at / 2] >> 4 : bytes[at / 2] & 15);
 }
 
+// 16 numbers from number `at` (even) of an area of I8 or I4.
+LP_INLINE void stored16(const KvCache& c, const void* area, long at, vf* to) {
+#if defined(__AVX2__)
+  const uint8_t* bytes = static_cast<const uint8_t*>(area);
+  __m128i n;
+  if (c.codec == KV_I8) n = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + at));
+  else {
+    const __m128i pairs = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + at / 2)));
+    n = _mm_or_si128(_mm_and_si128(pairs, _mm_set1_epi16(15)), _mm_slli_epi16(_mm_and_si128(pairs, _mm_set1_epi16(0xf0)), 4));
+  }
+#if defined(__AVX512F__)
+  to[0] = to_float(_mm512_cvtepu8_epi32(n));
+#else
+  to[0] = to_float(_mm256_cvtepu8_epi32(n));
+  to[1] = to_float(_mm256_cvtepu8_epi32(_mm_srli_si128(n, 8)));
+#endif
+#else
+  for (int v = 0; v < V; v++) for (int j = 0; j < W; j++) to[v][j] = stored(c, area, at + v * W + j);
+#endif
+}
+
+LP_INLINE int bits_of(const KvCache& c) { return c.codec == KV_F32 ? 32 : c.codec == KV_F16 ? 16 : c.codec == KV_I8 ? 8 : 4; }
+
+// Asks for the keys (or values) of the 16 tokens from `position` on, which lie in one piece.
+LP_INLINE void ask(const PagedTask& t, const void* area, int position, int head) {
+  const KvCache& c = *t.cache;
+  const long numbers = (place(c, t.table, position, head) + position % c.block / KEYS * KEYS) * c.head_dim;
+  const char* from = static_cast<const char*>(area) + numbers * bits_of(c) / 8;
+  for (int b = 0; b < KEYS * c.head_dim * bits_of(c) / 8; b += 64) __builtin_prefetch(from + b);
+}
+
 // 16 keys from `position` on as [head_dim][16]: where they lie, or decoded and rotated into `to`.
 const float* keys_of(const PagedTask& t, int position, float* to) {
   const KvCache& c = *t.cache;
@@ -81,19 +120,20 @@ const float* keys_of(const PagedTask& t, int position, float* to) {
     float scale[KEYS], least[KEYS];
     for (int j = 0; j < KEYS; j++) { scale[j] = half_to_float(s[2 * j]); least[j] = half_to_float(s[2 * j + 1]); }
     for (int i = 0; i < d; i++) {
-      for (int j = 0; j < KEYS; j++) to[i * KEYS + j] = stored(c, c.keys, key + long(i) * KEYS + j);
-      for (int v = 0; v < V; v++) store(to + i * KEYS + v * W, fma(load(to + i * KEYS + v * W), load(scale + v * W), load(least + v * W)));
+      vf n[V];
+      stored16(c, c.keys, key + long(i) * KEYS, n);
+      for (int v = 0; v < V; v++) store(to + i * KEYS + v * W, fma(n[v], load(scale + v * W), load(least + v * W)));
     }
   }
   if (!rotate) return to;
   const int half = d / 2;
-  for (int i = 0; i < half; i++)
-    for (int j = 0; j < KEYS; j++) {
-      const long at_angle = long(position + j) * half + i;
-      const float cos = t.options->cos[at_angle], sin = t.options->sin[at_angle], a = to[i * KEYS + j], b = to[(i + half) * KEYS + j];
-      to[i * KEYS + j] = a * cos - b * sin;
-      to[(i + half) * KEYS + j] = b * cos + a * sin;
-    }
+  const float* cos = t.options->cos + long(position / KEYS) * half * KEYS;
+  const float* sin = t.options->sin + long(position / KEYS) * half * KEYS;
+  for (int i = 0; i < half * KEYS; i += W) {
+    const vf a = load(to + i), b = load(to + half * KEYS + i), c1 = load(cos + i), s1 = load(sin + i);
+    store(to + i, fma(-b, s1, a * c1));
+    store(to + half * KEYS + i, fma(a, s1, b * c1));
+  }
   return to;
 }
 
@@ -113,30 +153,39 @@ const float* values_of(const PagedTask& t, int position, int count, float* to) {
   for (int j = 0; j < count; j++) {
     const uint16_t* s = static_cast<const uint16_t*>(c.value_scales) + (row + j) * 2;
     const float scale = half_to_float(s[0]), least = half_to_float(s[1]);
-    for (int i = 0; i < d; i++) to[j * d + i] = stored(c, c.values, (row + j) * d + i) * scale + least;
+    int i = 0;
+    for (; i + KEYS <= d && (row + j) * d % 2 == 0; i += KEYS) {
+      vf n[V];
+      stored16(c, c.values, (row + j) * d + i, n);
+      for (int v = 0; v < V; v++) store(to + j * d + i + v * W, fma(n[v], set1(scale), set1(least)));
+    }
+    for (; i < d; i++) to[j * d + i] = stored(c, c.values, (row + j) * d + i) * scale + least;
   }
   return to;
 }
 
 // ---- scores of MR rows with 16 keys, and MR rows of probabilities times values
 
-template <int MR>
-LP_INLINE void score(const float* q, const float* keys, float* s, int d) {
-  vf acc[MR][V];
-  for (int i = 0; i < MR; i++) for (int v = 0; v < V; v++) acc[i][v] = zero();
+template <int MR, int KT>  // KT times 16 keys: with few rows one alone would wait for its own sums
+LP_INLINE void score(const float* q, const float* const* keys, float* s, int d) {
+  vf acc[MR][KT * V];
+  for (int i = 0; i < MR; i++) for (int v = 0; v < KT * V; v++) acc[i][v] = zero();
   for (int k = 0; k < d; k++)
-    for (int v = 0; v < V; v++) {
-      const vf key = load(keys + k * KEYS + v * W);
+    for (int v = 0; v < KT * V; v++) {
+      const vf key = load(keys[v / V] + k * KEYS + v % V * W);
       for (int i = 0; i < MR; i++) acc[i][v] = fma(set1(q[i * d + k]), key, acc[i][v]);
     }
-  for (int i = 0; i < MR; i++) for (int v = 0; v < V; v++) store(s + i * KEY_TILE + v * W, acc[i][v]);
+  for (int i = 0; i < MR; i++) for (int v = 0; v < KT * V; v++) store(s + i * KEY_TILE + v * W, acc[i][v]);
 }
 
-void scores(const float* q, const float* keys, float* s, int rows, int d) {
+template <int KT>
+void scores(const float* q, const float* const* keys, float* s, int rows, int d) {
   int r = 0;
-  for (; r + ROWS <= rows; r += ROWS) score<ROWS>(q + r * d, keys, s + r * KEY_TILE, d);
-  for (; r + 3 <= rows; r += 3) score<3>(q + r * d, keys, s + r * KEY_TILE, d);
-  for (; r < rows; r++) score<1>(q + r * d, keys, s + r * KEY_TILE, d);
+  for (; r + ROWS <= rows; r += ROWS)
+    for (int g = 0; g < KT; g++) score<ROWS, 1>(q + r * d, keys + g, s + r * KEY_TILE + g * KEYS, d);
+  for (; r + 3 <= rows; r += 3)
+    for (int g = 0; g < KT; g += KT < WIDE ? KT : WIDE) score<3, (KT < WIDE ? KT : WIDE)>(q + r * d, keys + g, s + r * KEY_TILE + g * KEYS, d);
+  for (; r < rows; r++) score<1, KT>(q + r * d, keys, s + r * KEY_TILE, d);
 }
 
 template <int MR, int NV>
@@ -185,9 +234,17 @@ LP_INLINE bool all_hidden(const PagedTask& t, int first) {  // for every row: ro
   return window && first + KEY_TILE <= t.limit[0] - window && first >= t.options->sinks;
 }
 
-void fill_scores(const PagedTask& t, int first, int last, float* s, float* keys) {
-  for (int k = first; k < first + KEY_TILE; k += KEYS) {
-    if (k < last) scores(t.q, keys_of(t, k, keys), s + (k - first), t.rows, t.cache->head_dim);
+void fill_scores(const PagedTask& t, int first, int last, float* s, float* scratch) {
+  const int d = t.cache->head_dim, groups = last - first >= KEY_TILE ? KEY_TILE / KEYS : (last - first + KEYS - 1) / KEYS;
+  const float* keys[KEY_TILE / KEYS];
+  for (int g = 0; g < groups; g++) {
+    ask(t, t.cache->values, first + g * KEYS, t.kv_head);  // they are wanted next
+    keys[g] = keys_of(t, first + g * KEYS, scratch + g * KEYS * d);
+  }
+  if (groups == 4) scores<4>(t.q, keys, s, t.rows, d);
+  else {
+    if (groups > 1) scores<2>(t.q, keys, s, t.rows, d);
+    if (groups % 2) scores<1>(t.q, keys + groups - 1, s + (groups - 1) * KEYS, t.rows, d);
   }
   for (int r = 0; r < t.rows; r++) hide(*t.options, s + r * KEY_TILE, first, last, t.limit[r]);
 }
@@ -196,7 +253,7 @@ void segment(const PagedTask& t, int first, int last) {
   const int d = t.cache->head_dim;
   float* s = t.scratch;
   float* keys = s + t.rows * KEY_TILE;
-  float* values = keys + KEYS * d;
+  float* values = keys + KEY_TILE * d;
   for (int r = 0; r < t.rows; r++) { t.m[r] = NONE; t.l[r] = 0; }
   memset(t.o, 0, size_t(t.rows) * size_t(d) * 4);
   for (int tile = first; tile < last; tile += KEY_TILE) {
@@ -223,6 +280,8 @@ void segment(const PagedTask& t, int first, int last) {
     }
     for (int k = tile; k < tile + KEY_TILE && k < last; k += KEYS) {
       const int count = last - k < KEYS ? last - k : KEYS;
+      if (k + KEY_TILE < last) ask(t, t.cache->keys, k + KEY_TILE, t.kv_head);
+      else if (t.next_head >= 0 && k - tile < t.limit[0]) ask(t, t.cache->keys, k - tile, t.next_head);
       weighted(s + (k - tile), values_of(t, k, count, values), t.o, t.rows, count, d);
     }
   }

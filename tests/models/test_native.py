@@ -67,6 +67,46 @@ def test_storages_stay_near(weights: str, bound: float) -> None:
     assert small.bytes < {"fp16": 0.51, "w8": 0.31, "fp8": 0.36, "q4": 0.16, "nf4": 0.27}[weights] * lowered(model).bytes * 1.3
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kv", ["fp32", "int8"])
+def test_keys_before_rope_give_the_same_logits(kv: str, level: str) -> None:
+    """fp32: up to rounding; int8: within what the codec does, and not what rotated keys give (so they did lie otherwise)."""
+    model = eager(LLAMA)
+    tokens = torch.randint(0, 131, (2, 23), generator=torch.Generator().manual_seed(0))
+    read = lambda name: model.get_parameter(name).detach()
+    with native.using(level), torch.inference_mode():
+        rotated, before = (NativeDecoder(model.spec, read, weights="fp32", kv=kv, rotate_on_read=on_read)(tokens) for on_read in (False, True))
+        bound = 2e-4 if kv == "fp32" else 0.1
+        torch.testing.assert_close(before, model(tokens), atol=bound, rtol=bound)
+        assert kv == "fp32" or not torch.equal(before, rotated)
+
+
+def test_mass_of_each_layer_comes_out_of_the_step() -> None:
+    """Every query's probabilities sum to 1: 4 heads, 9 queries; the logits are bit for bit those without."""
+    model = lowered(eager(LLAMA))
+    step, tokens, batch = whole_step(model, list(range(9)))
+    _, want = step(model.plan, tokens, None, **batch)
+    mass = torch.zeros(3, 1, 2, 12)
+    _, got = step(model.plan, tokens, None, mass=mass, **batch)
+    assert torch.equal(got, want)
+    torch.testing.assert_close(mass.sum((1, 2, 3)), torch.full((3,), 4.0 * 9))
+    assert (mass[..., 9:] == 0).all() and (mass[..., :9] > 0).all() and not torch.allclose(mass[0], mass[1])
+    with pytest.raises(AssertionError, match="room for fewer keys"):
+        step(model.plan, tokens, None, mass=torch.zeros(3, 1, 2, 8), **batch)
+
+
+def test_sinks_stay_in_sight_of_a_window() -> None:
+    """Window 4 with 2 sinks sees all of 6 tokens, and of 8 neither all nor the window alone."""
+    model = eager(LLAMA)
+    read = lambda name: model.get_parameter(name).detach()
+    full, window, sinks = (NativeDecoder(spec, read, sinks=n) for spec, n in ((LLAMA, 0), (replace(LLAMA, window=4), 0), (replace(LLAMA, window=4), 2)))
+    tokens = torch.arange(8)[None]
+    with torch.inference_mode():
+        assert torch.equal(sinks(tokens[:, :6]), full(tokens[:, :6])) and not torch.equal(window(tokens[:, :6]), full(tokens[:, :6]))
+        last = [m(tokens)[0, -1] for m in (full, window, sinks)]
+    assert not torch.allclose(last[2], last[0], atol=1e-3) and not torch.allclose(last[2], last[1], atol=1e-3)
+
+
 def whole_step(model: NativeDecoder, tokens: list[int], **how):
     store = KvStore(layers=model.spec.layers, blocks=4, kv_heads=model.spec.kv_heads, head_dim=model.spec.head_dim)
     model.plan.cache(store)

@@ -81,7 +81,7 @@ def load_to_serve(name_or_path: str | Path, serve: Serve, device: str = "auto", 
     tokenizer = checkpoint.tokenizer()
     from lilliput.models.native import NativeDecoder
 
-    return NativeDecoder(checkpoint.spec, checkpoint.read, checkpoint.blocks, serve.weights), tokenizer, f"native: {reason}"
+    return NativeDecoder(checkpoint.spec, checkpoint.read, checkpoint.blocks, serve.weights, kv=serve.kv), tokenizer, f"native: {reason}"
 
 
 def native_refusal(spec: DecoderSpec, device: str) -> str | None:

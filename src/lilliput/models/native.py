@@ -42,13 +42,16 @@ READ_AS_STORED = ("Q4_0", "Q4_1", "Q8_0")
 class NativeDecoder:
     """A lowered decoder that answers as `Decoder` does: `hidden` then `head`, and `step` for the serving runner."""
 
-    def __init__(self, spec: DecoderSpec, read: Read, blocks: Blocks | None = None, weights: Weights = "file", context: int | None = None) -> None:
-        """Read every tensor once and pack it. context: positions of the RoPE table (None: the model's own)."""
+    def __init__(self, spec: DecoderSpec, read: Read, blocks: Blocks | None = None, weights: Weights = "file", context: int | None = None,
+                 kv: str = "fp32", rotate_on_read: bool = False, sinks: int = 0) -> None:  # fmt: skip
+        """Read every tensor once and pack it. context: positions of the RoPE table (None: the model's own). kv: the codec of the caches
+        that `hidden` makes. rotate_on_read: keys lie before RoPE (ops/step.py). sinks: first tokens that layers with a window see too."""
         if weights not in get_args(Weights):
             raise UserError(f"unknown storage `{weights}`", f"known: {', '.join(get_args(Weights))}", "serve.weights=file")
-        self.spec, self.facts, self.weights = spec, facts(spec), weights
+        self.spec, self.facts, self.weights, self.kv = spec, facts(spec), weights, kv
         self.device = torch.device("cpu")
-        self.plan, self.stored = _lower(spec, read, blocks if weights == "file" else None, "fp32" if weights == "file" else weights, context or spec.context)
+        matrices = (blocks, "fp32") if weights == "file" else (None, weights)
+        self.plan, self.stored = _lower(spec, read, *matrices, context or spec.context, rotate_on_read, sinks)
 
     @property
     def bytes(self) -> int:
@@ -87,11 +90,13 @@ class NativeDecoder:
 
 def _own_cache(model: NativeDecoder, sequences: int, tokens: int) -> tuple[KvStore, Tensor]:
     spec, each = model.spec, -(-tokens // 16)
-    store = KvStore(layers=spec.layers, blocks=max(1, sequences * each), kv_heads=spec.kv_heads, head_dim=spec.head_dim)
+    store = KvStore(layers=spec.layers, blocks=max(1, sequences * each), kv_heads=spec.kv_heads, head_dim=spec.head_dim, codec=model.kv)
     return store, torch.arange(sequences * each, dtype=torch.int32).view(sequences, each)
 
 
-def _lower(spec: DecoderSpec, read: Read, blocks: Blocks | None, weights: str, context: int) -> tuple[StepPlan, dict[str, int]]:
+def _lower(
+    spec: DecoderSpec, read: Read, blocks: Blocks | None, weights: str, context: int, rotate_on_read: bool, sinks: int
+) -> tuple[StepPlan, dict[str, int]]:
     wide = spec.embed_dim or spec.dim
     plan = StepPlan(dim=spec.dim, heads=spec.heads, kv_heads=spec.kv_heads, head_dim=spec.head_dim, ffn=spec.ffn, vocab=spec.vocab, wide=wide,
                     act=spec.activation, scale=spec.head_dim**-0.5)  # fmt: skip
@@ -109,7 +114,7 @@ def _lower(spec: DecoderSpec, read: Read, blocks: Blocks | None, weights: str, c
 
     for layer in range(spec.layers):
         at = f"layers.{layer}."
-        plan.add_layer(PRE if spec.norm_place == "pre" else POST, spec.window_of(layer))
+        plan.add_layer(PRE if spec.norm_place == "pre" else POST, spec.window_of(layer), sinks)
         put(layer, "qkv", [f"{at}attn.{part}_proj" for part in "qkv"])
         put(layer, "out", [f"{at}attn.o_proj"])
         put(layer, "up", [f"{at}mlp.gate_proj", f"{at}mlp.up_proj"] if spec.gated else [f"{at}mlp.up_proj"])
@@ -135,7 +140,7 @@ def _lower(spec: DecoderSpec, read: Read, blocks: Blocks | None, weights: str, c
     else:
         cos, sin = rope.tables(rope.frequencies(spec.rope, spec.head_dim), torch.arange(context)[None], spec.rope.attention_factor, torch.float32)
         half = spec.head_dim // 2
-        plan.rope(cos[0, :, 0, :half], sin[0, :, 0, half:])
+        plan.rope(cos[0, :, 0, :half], sin[0, :, 0, half:], rotate_on_read)
     return plan, stored
 
 

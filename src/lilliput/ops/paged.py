@@ -97,11 +97,18 @@ def attention(
     if q.shape[0] == 0:
         return o
     width = q.shape[1] * q.shape[2]
-    tables_of = (0, 0) if rotate is None else (rotate[0].data_ptr(), rotate[1].data_ptr())
+    angles = None if rotate is None else tuple(tiled(table) for table in rotate)
+    tables_of = (0, 0) if angles is None else (angles[0].data_ptr(), angles[1].data_ptr())
     into = (0, 0) if mass is None else (mass.data_ptr(), mass.shape[2])
     native.module().paged_attention(store.layer(layer), *_batch(cu_q, lengths, tables), q.shape[2] ** -0.5 if scale is None else scale, window or 0, sinks,
                                     *tables_of, *into, q.shape[1], q.data_ptr(), width, o.data_ptr(), width)  # fmt: skip
     return o
+
+
+def tiled(table_PD: Tensor) -> Tensor:
+    """cos or sin [positions, D / 2] -> [positions / 16 rounded up, D / 2, 16] fp32: as keys lie."""
+    padded = torch.nn.functional.pad(table_PD.float(), (0, 0, 0, -table_PD.shape[0] % TILE))
+    return padded.unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
 
 
 def reference(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lilliput.ops import native
+from lilliput.ops import native, paged
 from lilliput.ops.paged import KvStore
 from lilliput.ops.panels import PackedWeight
 
@@ -42,15 +42,18 @@ class StepPlan:
     def __init__(self, *, dim: int, heads: int, kv_heads: int, head_dim: int, ffn: int, vocab: int, wide: int, act: str, scale: float) -> None:
         """`wide`: the embedding's width where it differs from dim, else dim. `scale`: of attention's scores."""
         assert native.module() is not None, "ask native.missing() before building a plan"
-        self.dim, self.vocab, self.layers = dim, vocab, 0
+        self.dim, self.vocab, self.kv_heads, self.layers = dim, vocab, kv_heads, 0
         self._held: list[Any] = []  # what the native plan points to
-        self._native = native.module().Plan(dim, heads, kv_heads, head_dim, ffn, vocab, wide, ACTS.index(act), scale, False)
+        self._native = native.module().Plan(dim, heads, kv_heads, head_dim, ffn, vocab, wide, ACTS.index(act), scale)
         self.handle = id(self)
         _plans[self.handle] = self
 
-    def rope(self, cos_PD: Tensor, sin_PD: Tensor) -> None:
-        """Tables [positions, head_dim / 2] fp32."""
+    def rope(self, cos_PD: Tensor, sin_PD: Tensor, on_read: bool = False) -> None:
+        """Tables [positions, head_dim / 2] fp32. on_read: keys lie before RoPE and are rotated by their place in the cache when they are
+        read, so that tokens may leave from among them (queries are rotated by `positions`, then places too)."""
         self._native.rope(self._address(cos_PD), self._address(sin_PD))
+        if on_read:
+            self._native.rotate_on_read(*(self._address(paged.tiled(table)) for table in (cos_PD, sin_PD)))
 
     def learned(self, table_PC: Tensor) -> None:
         """Learned positions [positions, dim] fp32."""
@@ -60,9 +63,9 @@ class StepPlan:
         """The embedding, a packed matrix [vocab, wide] in f32, f16, w8 or q4."""
         self._native.embed(self._weight(weight))
 
-    def add_layer(self, regions: Sequence[str], window: int | None) -> None:
-        """A layer that runs these regions in order."""
-        self._native.add_layer([REGIONS.index(region) for region in regions], window or 0)
+    def add_layer(self, regions: Sequence[str], window: int | None, sinks: int = 0) -> None:
+        """A layer that runs these regions in order. window and sinks: ops/paged.py."""
+        self._native.add_layer([REGIONS.index(region) for region in regions], window or 0, sinks)
         self.layers += 1
 
     def product(self, layer: int | None, slot: str, weight: PackedWeight, bias: Tensor | None, int8: bool, static_G: Tensor | None = None) -> None:
@@ -107,38 +110,44 @@ def _int32(tensor: Tensor, name: str) -> Tensor:
 
 
 def _run(plan: int, tokens: Tensor | None, hidden: Tensor, positions: Tensor, cu_q: Tensor, lengths: Tensor, tables: Tensor, sampled: Tensor,
-         first: int, last: int, reduce: Any = None) -> Tensor:
+         first: int, last: int, mass: Tensor | None = None, reduce: Any = None) -> Tensor:
     owner = _plans[plan]
     rows, sequences = hidden.shape[0], lengths.shape[0]
     assert hidden.shape[1] == owner.dim and hidden.is_contiguous() and hidden.dtype == torch.float32, f"hidden must be [rows, {owner.dim}] fp32"
     assert tables.shape[0] == sequences and cu_q.shape[0] == sequences + 1 and positions.shape[0] == rows, "one table and one length a sequence"
     for name, tensor in (("positions", positions), ("cu_q", cu_q), ("lengths", lengths), ("tables", tables), ("sampled", sampled)):
         _int32(tensor, name)
+    assert mass is None or (mass.shape[:3] == (owner.layers, sequences, owner.kv_heads) and mass.is_contiguous() and mass.dtype == torch.float32), (
+        f"mass must be fp32 [{owner.layers}, {sequences}, {owner.kv_heads}, longest]"
+    )
+    assert mass is None or sequences == 0 or mass.shape[3] >= int(lengths.max()), "mass has room for fewer keys than the longest sequence has"
+    into = (0, 0) if mass is None else (mass.data_ptr(), mass.shape[3])
     start = 0 if tokens is None else _int32(tokens, "tokens").data_ptr()
     owner._native.forward(start, hidden.data_ptr(), positions.data_ptr(), rows, sequences, cu_q.data_ptr(), lengths.data_ptr(), tables.data_ptr(),
-                          tables.shape[1], first, last, reduce)  # fmt: skip
+                          tables.shape[1], first, last, *into, reduce)  # fmt: skip
     logits = hidden.new_empty(sampled.shape[0], owner.vocab)
     owner._native.logits(hidden.data_ptr(), sampled.data_ptr(), sampled.shape[0], logits.data_ptr())
     return logits
 
 
 def _fake(plan: int, tokens: Tensor | None, hidden: Tensor, positions: Tensor, cu_q: Tensor, lengths: Tensor, tables: Tensor, sampled: Tensor,
-          first: int, last: int) -> Tensor:
+          first: int, last: int, mass: Tensor | None = None) -> Tensor:
     return hidden.new_empty(sampled.shape[0], _plans[plan].vocab)
 
 
 STEP = native.define("decoder_step(int plan, Tensor? tokens, Tensor(a!) hidden, Tensor positions, Tensor cu_q, Tensor lengths, Tensor tables, "
-                     "Tensor sampled, int first, int last) -> Tensor", _run, _fake)  # fmt: skip
+                     "Tensor sampled, int first, int last, Tensor(b!)? mass=None) -> Tensor", _run, _fake)  # fmt: skip
 
 
 def decoder_step(
     plan: StepPlan, tokens_R: Tensor | None, hidden_RC: Tensor | None, *, positions_R: Tensor, cu_q: Tensor, lengths: Tensor, tables: Tensor,
-    sampled_N: Tensor, layers: tuple[int, int] | None = None, reduce: Reduce | None = None,
+    sampled_N: Tensor, layers: tuple[int, int] | None = None, mass: Tensor | None = None, reduce: Reduce | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One step of layers [a, b) over R packed rows: (hidden states [R, C] after layer b - 1, logits [N, vocab] of the rows `sampled_N`).
 
     tokens_R (int32) are embedded first; None: hidden_RC is gone on from, and written in place. cu_q [S + 1], lengths [S] (keys of each
     sequence, the new ones included), tables [S, blocks], positions_R and sampled_N: int32. Logits only make sense after the last layer.
+    mass [all layers, S, kv_heads, >= longest] fp32: what ops/paged.py adds to it, layer by layer (H2O's accumulated attention).
     reduce: called with a flat view of the partial sums after O and after down, before they are added to the residual.
     """
     assert (tokens_R is None) != (hidden_RC is None), "either tokens or hidden states go in"
@@ -146,8 +155,8 @@ def decoder_step(
     if hidden_RC is None:
         hidden_RC = torch.empty(positions_R.shape[0], plan.dim)
     if reduce is None:
-        return hidden_RC, STEP(plan.handle, tokens_R, hidden_RC, positions_R, cu_q, lengths, tables, sampled_N, first, last)
-    return hidden_RC, _run(plan.handle, tokens_R, hidden_RC, positions_R, cu_q, lengths, tables, sampled_N, first, last, _hook(reduce))
+        return hidden_RC, STEP(plan.handle, tokens_R, hidden_RC, positions_R, cu_q, lengths, tables, sampled_N, first, last, mass)
+    return hidden_RC, _run(plan.handle, tokens_R, hidden_RC, positions_R, cu_q, lengths, tables, sampled_N, first, last, mass, _hook(reduce))
 
 
 def _hook(reduce: Reduce) -> Callable[[int, int], None]:
