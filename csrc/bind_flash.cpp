@@ -24,8 +24,8 @@ void bind_flash(nb::module_& m) {
   nb::class_<FlashMask>(m, "FlashMask").def("__init__", [](FlashMask* s, bool causal, int window, int sinks, float scale, Address slopes) {
     new (s) FlashMask{causal, window, sinks, scale, at<float>(slopes)};
   });
-  m.def("flash_forward", [](const FlashShape& s, const FlashMask& mask, Strided q, Strided k, Strided v, Strided o, Address logsum) {
-    flash_forward(s, mask, view(q), view(k), view(v), out(o), at<float>(logsum));
+  m.def("flash_forward", [](const FlashShape& s, const FlashMask& mask, Strided q, Strided k, Strided v, Strided o, Address logsum, int strip_keys, bool partial) {
+    flash_forward(s, mask, view(q), view(k), view(v), out(o), at<float>(logsum), FlashForm{strip_keys, partial});
   }, Released());
   m.def("flash_backward", [](const FlashShape& s, const FlashMask& mask, Strided q, Strided k, Strided v, Strided o, Strided d_o, Address logsum, Strided dq,
                              Strided dk, Strided dv) {

@@ -29,7 +29,7 @@ struct Kept {
   }
   ~Kept() { std::free(data); }
 };
-thread_local Kept kept_keys, kept_values, kept_tiles, kept_delta, kept_shares;
+thread_local Kept kept_keys, kept_values, kept_tiles, kept_delta, kept_shares, kept_scores;
 
 struct Problem {  // one sequence
   const float *q, *k, *v, *o, *d_o;
@@ -124,37 +124,82 @@ std::vector<Block> blocks_of(const Job& job) {
   return blocks;
 }
 
+// One block of queries over the key tiles that it sees.
+struct Forward {
+  const Job& job;
+  View q, k, v;
+  const float* kt;
+  int most;  // key tiles of the longest sequence
+
+  template <class F>
+  void each_tile(const Block& at, F&& f) const {
+    const Problem& p = job.problems[size_t(at.problem)];
+    int first, last;
+    job.range(p, at.block, first, last);
+    const int kv = at.head / (job.s.heads / job.s.kv_heads);
+    const auto pass = [&](int tile) {
+      FlashTile t = job.tile(p, at.head, at.block, tile, q, k, v);
+      t.kt = kt + (long(kv) * job.panels + p.panels + tile) * job.s.dim * T;
+      f(t);
+    };
+    if (job.m.window) for (int tile = 0; tile < first && tile * T < job.m.sinks; tile++) pass(tile);
+    for (int tile = first; tile < last; tile++) pass(tile);
+  }
+  // 16 queries at a time. `scores`: of the whole block, in memory, [most][64][64] (PARTIAL); null: into `mine`, [most][16][64] (STRIP).
+  void strips(const Block& at, float* scores, float* mine, float* m, float* l, float* o) const {
+    std::vector<FlashTile> seen;
+    seen.reserve(size_t(most));
+    const int rows = std::min(T, job.problems[size_t(at.problem)].queries - at.block * T);
+    for (int row = 0; row < rows; row += STRIP_ROWS) {
+      seen.clear();
+      each_tile(at, [&](FlashTile t) {
+        t.rows = std::min(STRIP_ROWS, rows - row);
+        t.first_query += row;
+        t.q += row * t.q_row;
+        if (job.m.causal && t.first_key >= t.first_query + t.rows) return;
+        if (!scores) flash().scores(t, mine + long(seen.size()) * STRIP_ROWS * T);
+        seen.push_back(t);
+      });
+      if (seen.empty()) continue;
+      flash().strip(seen.data(), int(seen.size()), scores ? scores + row * T : mine, (scores ? T : STRIP_ROWS) * T, m + row, l + row, o + row * job.s.value_dim);
+    }
+  }
+};
+
 }  // namespace
 
-void flash_forward(const FlashShape& s, const FlashMask& m, View q, View k, View v, Out o, float* logsum) {
+void flash_forward(const FlashShape& s, const FlashMask& m, View q, View k, View v, Out o, float* logsum, FlashForm form) {
   Job job(s, m);
+  int most = 1;
   for (int b = 0; b < s.batch; b++) {
     Problem& p = job.problems[size_t(b)];
     p.q = q.data + job.at(q.batch, q.row, b, s.cu_q); p.k = k.data + job.at(k.batch, k.row, b, s.cu_k); p.v = v.data + job.at(v.batch, v.row, b, s.cu_k);
     p.out = o.data + job.at(o.batch, o.row, b, s.cu_q);
     p.logsum_out = logsum + job.sums(b);
+    most = std::max(most, tiles(p.keys));
   }
-  const float* kt = job.transposed(k, s.dim, false);
+  const Forward forward{job, q, k, v, job.transposed(k, s.dim, false), most};
   const std::vector<Block> blocks = blocks_of(job);
-  float* scratch = kept_tiles.room(static_cast<size_t>(threads()) * size_t(T * T + 2 * T + T * s.value_dim));
+  float* scores = nullptr;
+  if (form.partial) {
+    scores = kept_scores.room(blocks.size() * static_cast<size_t>(most) * T * T);
+    parallel(int(blocks.size()), [&](int task, int) {
+      float* to = scores + long(task) * most * T * T;
+      forward.each_tile(blocks[size_t(task)], [&](const FlashTile& t) { flash().scores(t, to); to += T * T; });
+    });
+  }
+  const long strip = std::max(T * T, std::min(most, tiles(form.strip_keys)) * STRIP_ROWS * T), each = strip + 2 * T + T * s.value_dim;
+  float* scratch = kept_tiles.room(static_cast<size_t>(threads()) * size_t(each));
   parallel(int(blocks.size()), [&](int task, int worker) {
     const Block& at = blocks[size_t(task)];
     const Problem& p = job.problems[size_t(at.problem)];
-    float* mine = scratch + long(worker) * (T * T + 2 * T + T * s.value_dim);
-    float *run_m = mine + T * T, *run_l = run_m + T, *run_o = run_l + T;
+    float* mine = scratch + worker * each;
+    float *run_m = mine + strip, *run_l = run_m + T, *run_o = run_l + T;
     std::fill(run_m, run_m + T, NONE);
     std::fill(run_l, run_o + T * s.value_dim, 0.0f);
-    int first, last;
-    job.range(p, at.block, first, last);
-    const int kv = at.head / (s.heads / s.kv_heads), rows = std::min(T, p.queries - at.block * T);
-    const auto pass = [&](int tile) {
-      FlashTile t = job.tile(p, at.head, at.block, tile, q, k, v);
-      t.kt = kt + (long(kv) * job.panels + p.panels + tile) * s.dim * T;
-      flash().forward(t, mine, run_m, run_l, run_o);
-    };
-    if (m.window) for (int tile = 0; tile < first && tile * T < m.sinks; tile++) pass(tile);
-    for (int tile = first; tile < last; tile++) pass(tile);
-    flash().finish(run_m, run_l, run_o, rows, s.value_dim, p.out + at.head * o.head + long(at.block) * T * o.row, o.row,
+    if (!form.partial && p.keys > form.strip_keys) forward.each_tile(at, [&](const FlashTile& t) { flash().forward(t, mine, run_m, run_l, run_o); });
+    else forward.strips(at, scores ? scores + long(task) * most * T * T : nullptr, mine, run_m, run_l, run_o);
+    flash().finish(run_m, run_l, run_o, std::min(T, p.queries - at.block * T), s.value_dim, p.out + at.head * o.head + long(at.block) * T * o.row, o.row,
                    p.logsum_out + at.head * p.logsum_head + at.block * T);
   });
 }

@@ -5,7 +5,11 @@
 //     backward   P = exp(S - L) is computed again tile by tile; dV += P^T dO, dS = P (dO V^T - rowsum(dO O)), dK += dS^T Q, dQ += dS K.
 //                Every sum runs over tiles in rising order: no atomics, the same bits for any number of threads.
 //
-// Dao 2023, arXiv 2307.08691, algorithms 1 and 2.
+// The forward pass has two more forms (E.T.), which take the softmax once over whole rows instead of tile by tile:
+//     STRIP      on the fly: 16 queries at a time, their scores with every key stay in the cache: 64 bytes a key
+//     PARTIAL    all scores go to memory by full tiles (S^2), then 16 queries at a time read them
+//
+// Dao 2023, arXiv 2307.08691, algorithms 1 and 2; Chen et al. 2021 (E.T.), doi 10.1145/3458817.3476138, section 3.
 #pragma once
 #include <cstdint>
 
@@ -14,6 +18,9 @@
 namespace lilliput {
 
 constexpr int FLASH_TILE = 64;  // queries and keys of a tile
+constexpr int STRIP_ROWS = 16;
+// How a sequence's forward pass runs: by its own number of keys, never by its company's. 0: all TILED.
+struct FlashForm { int strip_keys; bool partial; };  // STRIP up to so many keys; partial: PARTIAL whatever the length
 
 struct FlashMask {
   bool causal;            // queries lie at the end of the keys
@@ -33,7 +40,7 @@ struct FlashShape {
 };
 
 // logsum: [batch][heads][queries] dense, [heads][rows] packed.
-void flash_forward(const FlashShape& s, const FlashMask& m, View q, View k, View v, Out o, float* logsum);
+void flash_forward(const FlashShape& s, const FlashMask& m, View q, View k, View v, Out o, float* logsum, FlashForm form);
 void flash_backward(const FlashShape& s, const FlashMask& m, View q, View k, View v, View o, View d_o, const float* logsum, Out dq, Out dk, Out dv);
 
 struct FlashTile {             // one block of queries against one tile of keys, of one head
@@ -53,6 +60,9 @@ struct FlashKernels {
   void (*transpose)(const float* x, long row, int count, int dim, float* to);  // [count][dim] -> [dim][64], padded with zeros
   // s: scratch [64][64]. m, l: [rows], o: [rows][value_dim], running.
   void (*forward)(const FlashTile& t, float* s, float* m, float* l, float* o);
+  void (*scores)(const FlashTile& t, float* s);  // s [rows][64], what causality hides apart
+  // Whole rows over `count` tiles, whose scores lie `step` floats apart.
+  void (*strip)(const FlashTile* tiles, int count, float* s, long step, float* m, float* l, float* o);
   void (*finish)(const float* m, const float* l, const float* o, int rows, int value_dim, float* to, long to_row, float* logsum);
   void (*rowsum)(const float* o, long o_row, const float* d_o, long do_row, int rows, int value_dim, float* delta);
   // p, ds: scratch [64][64]. Null dq, or null dk and dv: not wanted.

@@ -12,7 +12,6 @@ void bind_roofline(nb::module_& m);
 void bind_sampler(nb::module_& m);
 void bind_sparse(nb::module_& m);
 void bind_step(nb::module_& m);
-void bind_strip(nb::module_& m);
 
 NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);  // plans that live until the interpreter ends are no fault
@@ -30,5 +29,5 @@ NB_MODULE(_native, m) {
     return counted;
   }, Released());
   bind_adamw(m); bind_flash(m); bind_fused(m); bind_linear(m); bind_paged(m);
-  bind_roofline(m); bind_sampler(m); bind_sparse(m); bind_step(m); bind_strip(m);
+  bind_roofline(m); bind_sampler(m); bind_sparse(m); bind_step(m);
 }

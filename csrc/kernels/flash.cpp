@@ -161,6 +161,24 @@ void forward(const FlashTile& t, float* s, float* m, float* l, float* o) {
   add_keys(t, s, t.v, t.v_row, dim, o, dim);
 }
 
+void all_scores(const FlashTile& t, float* s) { scores(t, t.q, t.q_row, t.kt, t.dim, s); }
+
+void strip(const FlashTile* tiles, int count, float* s, long step, float* m, float* l, float* o) {
+  const int rows = tiles[0].rows;
+  for (int r = 0; r < rows; r++) {
+    for (int i = 0; i < count; i++) {
+      const float top = masked_max(tiles[i], r, width(tiles[i], r), s + i * step + r * T);
+      m[r] = m[r] > top ? m[r] : top;  // NaN goes on
+    }
+    for (int i = 0; i < count; i++) {
+      float* row = s + i * step + r * T;
+      if (m[r] == NONE) memset(row, 0, T * 4);
+      else l[r] += exponents(width(tiles[i], r), m[r], row);
+    }
+  }
+  for (int i = 0; i < count; i++) add_keys(tiles[i], s + i * step, tiles[i].v, tiles[i].v_row, tiles[i].value_dim, o, tiles[i].value_dim);
+}
+
 void finish(const float* m, const float* l, const float* o, int rows, int dim, float* to, long to_row, float* logsum) {
   for (int r = 0; r < rows; r++) {
     const float inverse = l[r] == 0 ? 0.0f : 1.0f / l[r];
@@ -211,7 +229,7 @@ void backward(const FlashTile& t, const float* d_o, long do_row, const float* lo
 
 }}  // namespace LILLIPUT_ISA
 
-extern const FlashKernels LILLIPUT_TABLE(flash) = {LILLIPUT_ISA::transpose, LILLIPUT_ISA::forward, LILLIPUT_ISA::finish, LILLIPUT_ISA::rowsum,
-                                                   LILLIPUT_ISA::backward};
+extern const FlashKernels LILLIPUT_TABLE(flash) = {LILLIPUT_ISA::transpose, LILLIPUT_ISA::forward, LILLIPUT_ISA::all_scores, LILLIPUT_ISA::strip,
+                                                   LILLIPUT_ISA::finish, LILLIPUT_ISA::rowsum, LILLIPUT_ISA::backward};
 
 }  // namespace lilliput

@@ -50,12 +50,13 @@ def check(q, k, v, how, level: str) -> None:
     """Outputs within 1e-5 and gradients within 1e-4 of plain torch in float64."""
     d_o = torch.randn(*q.shape[:3], v.shape[3])
     want, want_gradients = gradients(lambda q, k, v: flash.reference(q, k, v, **how)[0], q.double(), k.double(), v.double(), d_o.double())
-    with native.using(level):
-        ours, our_gradients = gradients(lambda q, k, v: flash.attention(q, k, v, **how), q, k, v, d_o)
-    assert ours.shape == want.shape and ours.transpose(1, 2).is_contiguous()
-    torch.testing.assert_close(ours.double(), want, atol=1e-5, rtol=1e-5)
-    for a, b in zip(our_gradients, want_gradients):
-        torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
+    for form in flash.FORMS:
+        with native.using(level):
+            ours, our_gradients = gradients(lambda q, k, v, form=form: flash.attention(q, k, v, form=form, **how), q, k, v, d_o)
+        assert ours.shape == want.shape and ours.transpose(1, 2).is_contiguous()
+        torch.testing.assert_close(ours.double(), want, atol=1e-5, rtol=1e-5)
+        for a, b in zip(our_gradients, want_gradients):
+            torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -71,9 +72,10 @@ def test_log_sum_exp(seed: int, level: str) -> None:
     q, k, v, how = random_case(seed)
     want = flash.reference(q.double(), k.double(), v.double(), **how)[1]
     scale = how["scale"] or q.shape[3] ** -0.5
-    with native.using(level):
-        _, logsum = flash.FORWARD(q, k, v, None, None, how["causal"], how.get("window", 0), how.get("sinks", 0), scale, how.get("slopes_H"))
-    torch.testing.assert_close(logsum.double(), want, atol=1e-5, rtol=1e-5)
+    for form in flash.FORMS.values():
+        with native.using(level):
+            _, logsum = flash.FORWARD(q, k, v, None, None, how["causal"], how.get("window", 0), how.get("sinks", 0), scale, *form, how.get("slopes_H"))
+        torch.testing.assert_close(logsum.double(), want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -121,11 +123,22 @@ def test_hidden_tiles_are_skipped() -> None:
     assert tiles_read(384, causal=True, window=65, sinks=4) == [(i, j) for i in blocks for j in blocks if i - 1 <= j <= i or (j == 0 and i)]
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("form", flash.FORMS)
+def test_softmax_is_of_base_e(form: str, level: str) -> None:
+    """Logits 0 1 2 3 weigh .0321 .0871 .2369 .6439. (E.T.'s published code answers with powers of 2: .0667 .1333 .2666 .5332.)"""
+    q, k, v = torch.ones(1, 1, 2, 1), torch.arange(4.0).view(1, 1, 4, 1), torch.eye(4).view(1, 1, 4, 4)
+    with native.using(level):
+        weights = flash.attention(q, k, v, causal=False, scale=1.0, form=form)[0, 0, 1]
+    torch.testing.assert_close(weights, torch.tensor([0.0321, 0.0871, 0.2369, 0.6439]), atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", flash.FORMS)
 @pytest.mark.parametrize("what", ["nan", "hidden nan"])
-def test_nan_stays_visible_and_hidden_keys_harmless(what: str) -> None:
+def test_nan_stays_visible_and_hidden_keys_harmless(what: str, form: str) -> None:
     q, k, v = inputs(1, 1, 1, 130, 130, 8, 8, False)
     k[0, 0, 60] = torch.nan
-    o, logsum = flash.FORWARD(q, k, v, None, None, True, 0, 0, 1.0, None)
+    o, logsum = flash.FORWARD(q, k, v, None, None, True, 0, 0, 1.0, *flash.FORMS[form], None)
     rows = slice(60, None) if what == "nan" else slice(0, 60)
     assert bool((o[0, 0, rows].isnan() == (what == "nan")).all()) and bool((logsum[0, 0, rows].isnan() == (what == "nan")).all())
 
@@ -135,7 +148,7 @@ def test_nan_stays_visible_and_hidden_keys_harmless(what: str) -> None:
 def test_packed_sequences(causal: bool, level: str) -> None:
     """Each packed sequence answers as it does alone, lengths of zero and one included."""
     torch.manual_seed(1)
-    rows_q, rows_k = [5, 0, 1, 70, 64], [5, 3, 1, 90, 64]
+    rows_q, rows_k = [5, 0, 1, 70, 64, 2], [5, 3, 1, 90, 64, 520]  # the last one by tiles, the others in strips
     cu_q, cu_k = (torch.tensor([0, *torch.tensor(rows).cumsum(0).tolist()], dtype=torch.int32) for rows in (rows_q, rows_k))
     q, k, v = torch.randn(sum(rows_q), 4, 16), torch.randn(sum(rows_k), 2, 16), torch.randn(sum(rows_k), 2, 16)
     d_o = torch.randn_like(q)
@@ -201,7 +214,7 @@ def test_memory_is_inputs_output_and_one_number_a_query() -> None:
 
 def test_the_op_is_a_good_torch_citizen() -> None:
     q, k, v = (x.requires_grad_() for x in inputs(2, 2, 1, 20, 20, 8, 8, False))
-    torch.library.opcheck(flash.FORWARD, (q, k, v, None, None, True, 0, 0, 0.3, None))
+    torch.library.opcheck(flash.FORWARD, (q, k, v, None, None, True, 0, 0, 0.3, 64, False, None))
     compiled = torch.compile(lambda q, k, v: flash.attention(q, k, v, causal=True).sum(), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v), flash.attention(q, k, v, causal=True).sum())
 

@@ -9,7 +9,10 @@ Causal masks skip hidden tiles whole and mask only those on the diagonal. Key he
 over the group in a fixed order: gradients are the same bits for any number of threads. ALiBi, sliding windows with sinks, and packed
 sequences (cu_seqlens). Only O(S) extra memory for the transposed keys. When not: tiny sequences, where the calls cost more.
 
-Dao 2023, arXiv 2307.08691, section 3.1. On CUDA: ops/triton/flash.py.
+Short sequences take E.T.'s on-the-fly form on the CPU: the scores of 16 queries with every key stay in the cache and the softmax is
+taken once over whole rows. Its partial form, all scores in memory first, is there to be measured.
+
+Dao 2023, arXiv 2307.08691, section 3.1; Chen et al. 2021 (E.T.), doi 10.1145/3458817.3476138, section 3. On CUDA: ops/triton/flash.py.
 """
 
 from __future__ import annotations
@@ -23,6 +26,10 @@ from torch import Tensor
 from lilliput.ops import native
 
 LARGEST = 256  # head dimension
+MOST_KEYS = 2**31 - 64
+# How the forward pass of a sequence runs, by its own number of keys: (up to so many on the fly in strips, all scores in memory first).
+# auto is measured (benchmarks/flash_forms.py): strips are 0 to 6 % faster up to 512 keys, tiles beyond; scores in memory never are.
+FORMS = {"auto": (512, False), "tiled": (0, False), "strip": (MOST_KEYS, False), "partial": (0, True)}
 TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -59,24 +66,27 @@ def _cuda(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 def attention(
     q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool, window: int | None = None, sinks: int = 0, scale: float | None = None,
-    slopes_H: Tensor | None = None,
+    slopes_H: Tensor | None = None, form: str = "auto",
 ) -> Tensor:  # fmt: skip
     """[B, H, T, D] over [B, G, S, D] -> [B, H, T, D of v], whose memory lies as [B, T, H, D]: joining the heads copies nothing.
 
     Queries lie at the end of the keys. window: a query sees itself, window - 1 keys before it and the first `sinks`; it needs causal.
-    slopes_H: ALiBi, slope * (key - query) joins the scores. A query that sees nothing answers 0. Call `supports` before.
+    slopes_H: ALiBi, slope * (key - query) joins the scores. A query that sees nothing answers 0. form: see the module;
+    every one saves the same L. Call `supports` before.
     """
-    return FORWARD(_rows(q_BHTD), _rows(k_BGSD), _rows(v_BGSD), None, None, causal, window or 0, sinks, _scale(q_BHTD, scale), slopes_H)[0]
+    numbers = causal, window or 0, sinks, _scale(q_BHTD, scale)
+    return FORWARD(_rows(q_BHTD), _rows(k_BGSD), _rows(v_BGSD), None, None, *numbers, *FORMS[form], slopes_H)[0]
 
 
 def attention_varlen(
     q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, cu_q: Tensor, cu_k: Tensor, *, causal: bool, window: int | None = None, sinks: int = 0,
-    scale: float | None = None, slopes_H: Tensor | None = None,
+    scale: float | None = None, slopes_H: Tensor | None = None, form: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Packed sequences: rows cu_q[s]..cu_q[s + 1] of q over rows cu_k[s]..cu_k[s + 1] of k and v (int32) -> [T, H, D of v]."""
     q, k, v = (_rows(x.transpose(0, 1)[None]) for x in (q_THD, k_TGD, v_TGD))
     cu_q, cu_k = (c.to(torch.int32).contiguous() for c in (cu_q, cu_k))
-    return FORWARD(q, k, v, cu_q, cu_k, causal, window or 0, sinks, _scale(q_THD, scale), slopes_H)[0][0].transpose(0, 1)
+    numbers = causal, window or 0, sinks, _scale(q_THD, scale)
+    return FORWARD(q, k, v, cu_q, cu_k, *numbers, *FORMS[form], slopes_H)[0][0].transpose(0, 1)
 
 
 def reference(
@@ -151,7 +161,7 @@ def _room(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, window: int, sinks: int, scale: float,
-             slopes: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+             strip_keys: int, partial: bool, slopes: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(q, k, v, cu_q, cu_k, slopes)
     o, logsum = _room(q, v)
     if not q.numel():
@@ -161,7 +171,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor 
 
         twin.forward(q, k, v, cu_q, cu_k, causal, window, sinks, scale, slopes, o, logsum)
         return o, logsum
-    native.module().flash_forward(*_call(q, k, v, cu_q, cu_k, causal, window, sinks, scale, slopes), *map(_strided, (q, k, v, o)), logsum.data_ptr())
+    call = _call(q, k, v, cu_q, cu_k, causal, window, sinks, scale, slopes)
+    native.module().flash_forward(*call, *map(_strided, (q, k, v, o)), logsum.data_ptr(), strip_keys, partial)
     return o, logsum
 
 
@@ -190,7 +201,7 @@ def _fake_backward(d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> 
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_q, cu_k, *ctx.numbers, slopes = inputs
+    q, k, v, cu_q, cu_k, *ctx.numbers, _, _, slopes = inputs
     ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, slopes)
     ctx.mark_non_differentiable(output[1])
 
@@ -198,11 +209,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _gradients(ctx: Any, d_o: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     q, k, v, o, logsum, cu_q, cu_k, slopes = ctx.saved_tensors
     gradients = BACKWARD(_rows(d_o), q, k, v, o, logsum, cu_q, cu_k, *ctx.numbers, slopes)
-    return (*gradients, *[None] * 7)
+    return (*gradients, *[None] * 9)
 
 
-_HOW = "Tensor? cu_q, Tensor? cu_k, bool causal, int window, int sinks, float scale, Tensor? slopes"
-FORWARD = native.define(f"flash_forward(Tensor q, Tensor k, Tensor v, {_HOW}) -> (Tensor, Tensor)", _forward, _fake_forward, _forward if TRITON else None)
-BACKWARD = native.define(f"flash_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor logsum, {_HOW}) -> (Tensor, Tensor, Tensor)",
+_HOW = "Tensor? cu_q, Tensor? cu_k, bool causal, int window, int sinks, float scale"
+FORWARD = native.define(f"flash_forward(Tensor q, Tensor k, Tensor v, {_HOW}, int strip_keys, bool partial, Tensor? slopes) -> (Tensor, Tensor)",
+                        _forward, _fake_forward, _forward if TRITON else None)  # fmt: skip
+BACKWARD = native.define("flash_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor logsum, "
+                         f"{_HOW}, Tensor? slopes) -> (Tensor, Tensor, Tensor)",
                          _backward, _fake_backward, _backward if TRITON else None)  # fmt: skip
 torch.library.register_autograd("lilliput::flash_forward", _gradients, setup_context=_save, lib=native.library())
