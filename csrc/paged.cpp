@@ -31,7 +31,7 @@ PagedTask prepare(Rows& r, const Part& part, const KvCache& c, const PagedBatch&
   const auto n = size_t(rows), wide = n * size_t(d);
   r.q.resize(wide); r.o.resize(wide); r.o2.resize(wide);
   r.m.resize(n); r.l.resize(n); r.m2.resize(n); r.l2.resize(n); r.limit.resize(n);
-  r.scratch.resize(n * KEY_TILE + size_t((KEY_TILE + 16) * d));
+  r.scratch.resize(n * KEY_TILE + size_t(KEY_TILE * d));
   const int behind = b.lengths[part.sequence] - b.cu_q[part.sequence + 1];  // + row of the batch = its position
   for (int i = 0; i < part.queries; i++)
     for (int g = 0; g < group; g++) {

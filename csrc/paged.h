@@ -70,7 +70,7 @@ struct PagedTask {        // queries of one sequence that share a kv head, over 
   float* m;               // [rows]: running maximum, sum and weighted values of this segment
   float* l;
   float* o;               // [rows][head_dim]
-  float* scratch;         // rows * KEY_TILE + (KEY_TILE + 16) * head_dim
+  float* scratch;         // rows * KEY_TILE + KEY_TILE * head_dim
 };
 
 struct PagedKernels {

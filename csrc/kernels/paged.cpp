@@ -98,12 +98,11 @@ LP_INLINE void stored16(const KvCache& c, const void* area, long at, vf* to) {
 
 LP_INLINE int bits_of(const KvCache& c) { return c.codec == KV_F32 ? 32 : c.codec == KV_F16 ? 16 : c.codec == KV_I8 ? 8 : 4; }
 
-// Asks for the keys (or values) of the 16 tokens from `position` on, which lie in one piece.
-LP_INLINE void ask(const PagedTask& t, const void* area, int position, int head) {
+// Where the keys (or values) of the 16 tokens from `position` on lie, in one piece.
+LP_INLINE const char* piece(const PagedTask& t, const void* area, int position, int head) {
   const KvCache& c = *t.cache;
   const long numbers = (place(c, t.table, position, head) + position % c.block / KEYS * KEYS) * c.head_dim;
-  const char* from = static_cast<const char*>(area) + numbers * bits_of(c) / 8;
-  for (int b = 0; b < KEYS * c.head_dim * bits_of(c) / 8; b += 64) __builtin_prefetch(from + b);
+  return static_cast<const char*>(area) + numbers * bits_of(c) / 8;
 }
 
 // 16 keys from `position` on as [head_dim][16]: where they lie, or decoded and rotated into `to`.
@@ -164,60 +163,83 @@ const float* values_of(const PagedTask& t, int position, int count, float* to) {
   return to;
 }
 
-// ---- scores of MR rows with 16 keys, and MR rows of probabilities times values
+// ---- scores of MR rows with 16 keys, and MR rows of probabilities times values, from numbers of type T: float, or the halves of the cache
+// where they are read once (few rows). What is wanted next is asked for line by line in between: all at once would wait for each other.
 
-template <int MR, int KT>  // KT times 16 keys: with few rows one alone would wait for its own sums
-LP_INLINE void score(const float* q, const float* const* keys, float* s, int d) {
+struct Pieces {  // of one tile, 16 tokens each
+  const void* at[KEY_TILE / KEYS];
+  const char* soon[KEY_TILE / KEYS];
+};
+
+LP_INLINE vf wide(const float* p) { return load(p); }
+LP_INLINE vf wide(const uint16_t* p) { return load_half(p); }
+LP_INLINE float single(float x) { return x; }
+LP_INLINE float single(uint16_t h) { return half_to_float(h); }
+
+template <int MR, int KT, class T>  // KT times 16 keys: with few rows one alone would wait for its own sums
+LP_INLINE void score(const float* q, const Pieces& keys, int g, float* s, int d) {
+  constexpr int EACH = KEYS * int(sizeof(T)), LINE = EACH < 64 ? 64 / EACH : 1;  // bytes of one dimension; dimensions to a cache line
   vf acc[MR][KT * V];
+  const T* from[KT];
+  for (int i = 0; i < KT; i++) from[i] = static_cast<const T*>(keys.at[g + i]);
   for (int i = 0; i < MR; i++) for (int v = 0; v < KT * V; v++) acc[i][v] = zero();
-  for (int k = 0; k < d; k++)
+  for (int k = 0; k < d; k++) {
+    if (k % LINE == 0) for (int i = 0; i < KT; i++) __builtin_prefetch(keys.soon[g + i] + k * EACH);
     for (int v = 0; v < KT * V; v++) {
-      const vf key = load(keys[v / V] + k * KEYS + v % V * W);
+      const vf key = wide(from[v / V] + k * KEYS + v % V * W);
       for (int i = 0; i < MR; i++) acc[i][v] = fma(set1(q[i * d + k]), key, acc[i][v]);
     }
-  for (int i = 0; i < MR; i++) for (int v = 0; v < KT * V; v++) store(s + i * KEY_TILE + v * W, acc[i][v]);
+  }
+  for (int i = 0; i < MR; i++) for (int v = 0; v < KT * V; v++) store(s + i * KEY_TILE + (g * V + v) * W, acc[i][v]);
 }
 
-template <int KT>
-void scores(const float* q, const float* const* keys, float* s, int rows, int d) {
+template <int KT, class T>
+void scores(const float* q, const Pieces& keys, int first, float* s, int rows, int d) {
+  constexpr int STEP = KT < WIDE ? KT : WIDE;
   int r = 0;
-  for (; r + ROWS <= rows; r += ROWS)
-    for (int g = 0; g < KT; g++) score<ROWS, 1>(q + r * d, keys + g, s + r * KEY_TILE + g * KEYS, d);
-  for (; r + 3 <= rows; r += 3)
-    for (int g = 0; g < KT; g += KT < WIDE ? KT : WIDE) score<3, (KT < WIDE ? KT : WIDE)>(q + r * d, keys + g, s + r * KEY_TILE + g * KEYS, d);
-  for (; r < rows; r++) score<1, KT>(q + r * d, keys, s + r * KEY_TILE, d);
+  for (; r + ROWS <= rows; r += ROWS) for (int g = 0; g < KT; g++) score<ROWS, 1, T>(q + r * d, keys, first + g, s + r * KEY_TILE, d);
+  for (; r + 3 <= rows; r += 3) for (int g = 0; g < KT; g += STEP) score<3, STEP, T>(q + r * d, keys, first + g, s + r * KEY_TILE, d);
+  for (; r < rows; r++) score<1, KT, T>(q + r * d, keys, first, s + r * KEY_TILE, d);
 }
 
-template <int MR, int NV>
-LP_INLINE void weigh(const float* p, const float* values, float* o, int count, int d) {
+template <int MR, int NV, class T>
+LP_INLINE void weigh(const float* p, const Pieces& values, int column, float* o, int count, int d) {
   vf acc[MR][NV];
-  for (int i = 0; i < MR; i++) for (int v = 0; v < NV; v++) acc[i][v] = load(o + i * d + v * W);
-  for (int t = 0; t < count; t++) {
-    vf value[NV];
-    for (int v = 0; v < NV; v++) value[v] = load(values + long(t) * d + v * W);
-    for (int i = 0; i < MR; i++) {
-      const vf a = set1(p[i * KEY_TILE + t]);
-      for (int v = 0; v < NV; v++) acc[i][v] = fma(a, value[v], acc[i][v]);
+  for (int i = 0; i < MR; i++) for (int v = 0; v < NV; v++) acc[i][v] = load(o + i * d + column + v * W);
+  for (int first = 0; first < count; first += KEYS) {
+    const T* from = static_cast<const T*>(values.at[first / KEYS]) + column;
+    const char* soon = values.soon[first / KEYS];
+    const int here = count - first < KEYS ? count - first : KEYS;
+    for (int t = 0; t < here; t++, from += d) {
+      if (column == 0) for (int b = 0; b < d * int(sizeof(T)); b += 64) __builtin_prefetch(soon + t * d * int(sizeof(T)) + b);
+      vf value[NV];
+      for (int v = 0; v < NV; v++) value[v] = wide(from + v * W);
+      for (int i = 0; i < MR; i++) {
+        const vf a = set1(p[i * KEY_TILE + first + t]);
+        for (int v = 0; v < NV; v++) acc[i][v] = fma(a, value[v], acc[i][v]);
+      }
     }
   }
-  for (int i = 0; i < MR; i++) for (int v = 0; v < NV; v++) store(o + i * d + v * W, acc[i][v]);
+  for (int i = 0; i < MR; i++) for (int v = 0; v < NV; v++) store(o + i * d + column + v * W, acc[i][v]);
 }
 
-template <int MR>
-LP_INLINE void weigh_rows(const float* p, const float* values, float* o, int count, int d) {
+template <int MR, class T>
+LP_INLINE void weigh_rows(const float* p, const Pieces& values, float* o, int count, int d) {
   int c = 0;
-  for (; c + ACROSS * W <= d; c += ACROSS * W) weigh<MR, ACROSS>(p, values + c, o + c, count, d);
-  for (; c + W <= d; c += W) weigh<MR, 1>(p, values + c, o + c, count, d);
+  for (; c + ACROSS * W <= d; c += ACROSS * W) weigh<MR, ACROSS, T>(p, values, c, o, count, d);
+  for (; c + W <= d; c += W) weigh<MR, 1, T>(p, values, c, o, count, d);
   for (; c < d; c++)
     for (int i = 0; i < MR; i++)
-      for (int t = 0; t < count; t++) o[i * d + c] += p[i * KEY_TILE + t] * values[long(t) * d + c];
+      for (int t = 0; t < count; t++)
+        o[i * d + c] += p[i * KEY_TILE + t] * single(static_cast<const T*>(values.at[t / KEYS])[long(t % KEYS) * d + c]);
 }
 
-void weighted(const float* p, const float* values, float* o, int rows, int count, int d) {
+template <class T>
+void weighted(const float* p, const Pieces& values, float* o, int rows, int count, int d) {
   int r = 0;
-  for (; r + OUT_ROWS <= rows; r += OUT_ROWS) weigh_rows<OUT_ROWS>(p + r * KEY_TILE, values, o + r * d, count, d);
-  for (; r + 3 <= rows; r += 3) weigh_rows<3>(p + r * KEY_TILE, values, o + r * d, count, d);
-  for (; r < rows; r++) weigh_rows<1>(p + r * KEY_TILE, values, o + r * d, count, d);
+  for (; r + OUT_ROWS <= rows; r += OUT_ROWS) weigh_rows<OUT_ROWS, T>(p + r * KEY_TILE, values, o + r * d, count, d);
+  for (; r + 3 <= rows; r += 3) weigh_rows<3, T>(p + r * KEY_TILE, values, o + r * d, count, d);
+  for (; r < rows; r++) weigh_rows<1, T>(p + r * KEY_TILE, values, o + r * d, count, d);
 }
 
 // What a row may not see becomes -inf: keys from `limit` or `last` on, and with a window those before it that are no sinks.
@@ -234,31 +256,38 @@ LP_INLINE bool all_hidden(const PagedTask& t, int first) {  // for every row: ro
   return window && first + KEY_TILE <= t.limit[0] - window && first >= t.options->sinks;
 }
 
+LP_INLINE bool halves(const PagedTask& t) { return t.cache->codec == KV_F16 && t.rows <= OUT_ROWS; }  // widened once, where they are used
+
+template <class T>
+void all_scores(const float* q, const Pieces& keys, int groups, float* s, int rows, int d) {
+  if (groups == 4) return scores<4, T>(q, keys, 0, s, rows, d);
+  if (groups > 1) scores<2, T>(q, keys, 0, s, rows, d);
+  if (groups % 2) scores<1, T>(q, keys, groups - 1, s, rows, d);
+}
+
 void fill_scores(const PagedTask& t, int first, int last, float* s, float* scratch) {
   const int d = t.cache->head_dim, groups = last - first >= KEY_TILE ? KEY_TILE / KEYS : (last - first + KEYS - 1) / KEYS;
-  const float* keys[KEY_TILE / KEYS];
+  const bool raw = halves(t) && !t.options->cos;
+  Pieces keys;
   for (int g = 0; g < groups; g++) {
-    ask(t, t.cache->values, first + g * KEYS, t.kv_head);  // they are wanted next
-    keys[g] = keys_of(t, first + g * KEYS, scratch + g * KEYS * d);
+    const int position = first + g * KEYS;
+    keys.at[g] = raw ? static_cast<const void*>(piece(t, t.cache->keys, position, t.kv_head)) : keys_of(t, position, scratch + g * KEYS * d);
+    keys.soon[g] = piece(t, t.cache->values, position, t.kv_head);
   }
-  if (groups == 4) scores<4>(t.q, keys, s, t.rows, d);
-  else {
-    if (groups > 1) scores<2>(t.q, keys, s, t.rows, d);
-    if (groups % 2) scores<1>(t.q, keys + groups - 1, s + (groups - 1) * KEYS, t.rows, d);
-  }
+  if (raw) all_scores<uint16_t>(t.q, keys, groups, s, t.rows, d);
+  else all_scores<float>(t.q, keys, groups, s, t.rows, d);
   for (int r = 0; r < t.rows; r++) hide(*t.options, s + r * KEY_TILE, first, last, t.limit[r]);
 }
 
 void segment(const PagedTask& t, int first, int last) {
   const int d = t.cache->head_dim;
   float* s = t.scratch;
-  float* keys = s + t.rows * KEY_TILE;
-  float* values = keys + KEY_TILE * d;
+  float* scratch = s + t.rows * KEY_TILE;  // keys, then values
   for (int r = 0; r < t.rows; r++) { t.m[r] = NONE; t.l[r] = 0; }
   memset(t.o, 0, size_t(t.rows) * size_t(d) * 4);
   for (int tile = first; tile < last; tile += KEY_TILE) {
     if (all_hidden(t, tile)) continue;
-    fill_scores(t, tile, last, s, keys);
+    fill_scores(t, tile, last, s, scratch);
     for (int r = 0; r < t.rows; r++) {
       float* row = s + r * KEY_TILE;
       vf most = set1(NONE);
@@ -278,12 +307,18 @@ void segment(const PagedTask& t, int first, int last) {
       }
       t.l[r] += sum(total);
     }
-    for (int k = tile; k < tile + KEY_TILE && k < last; k += KEYS) {
-      const int count = last - k < KEYS ? last - k : KEYS;
-      if (k + KEY_TILE < last) ask(t, t.cache->keys, k + KEY_TILE, t.kv_head);
-      else if (t.next_head >= 0 && k - tile < t.limit[0]) ask(t, t.cache->keys, k - tile, t.next_head);
-      weighted(s + (k - tile), values_of(t, k, count, values), t.o, t.rows, count, d);
+    const int count = last - tile < KEY_TILE ? last - tile : KEY_TILE;
+    const bool raw = halves(t);
+    Pieces values;
+    for (int k = 0; k < count; k += KEYS) {
+      const char* here = piece(t, t.cache->values, tile + k, t.kv_head);
+      const int most = count - k < KEYS ? count - k : KEYS;
+      values.at[k / KEYS] = raw ? static_cast<const void*>(here) : values_of(t, tile + k, most, scratch + k * d);
+      values.soon[k / KEYS] = tile + k + KEY_TILE < last ? piece(t, t.cache->keys, tile + k + KEY_TILE, t.kv_head)
+          : t.next_head >= 0 && k < t.limit[0] ? piece(t, t.cache->keys, k, t.next_head) : here;
     }
+    if (raw) weighted<uint16_t>(s, values, t.o, t.rows, count, d);
+    else weighted<float>(s, values, t.o, t.rows, count, d);
   }
 }
 

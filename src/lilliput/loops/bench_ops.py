@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lilliput.loops.bench import alternate, ratio
-from lilliput.ops import adamw, codecs, flash, float_codecs, packed, paged, roofline, sampling
+from lilliput.ops import adamw, codecs, flash, float_codecs, fused, packed, paged, roofline, sampling, sparse
 from lilliput.ops.panels import PackedWeight
 
 COLUMNS = ["op", "shape", "us", "rate", "% of limit", "x torch", "x best stock", "best stock"]
@@ -65,6 +65,8 @@ def lines() -> Iterator[Line]:
         for name, ours in _formats(weight).items():
             for rows in ROWS:
                 yield _linear(name, ours, weight, rows, {"linear_dynamic int8": stock8, "linear_dynamic_fp16": _fp16(half)})
+    yield from _parts_of_matrices()
+    yield from _rowwise()
     yield from _attention()
     logits = torch.randn(16, 49152) * 3
     draws = [sampling.Draw(0.3, 0.8, top_p=0.9) for _ in range(16)]
@@ -96,6 +98,38 @@ def _linear(name: str, ours: tuple[PackedWeight, str], weight: Tensor, rows: int
 
 def _fp16(prepacked: Any) -> Callable[[Tensor], object]:
     return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, prepacked)
+
+
+def _parts_of_matrices(outputs: int = 3072, inputs: int = 576, share: float = 0.2) -> Iterator[Line]:
+    """A fifth of a matrix: chosen rows for one token, 16 x 16 tiles for many. torch: the whole matrix; stock: its own gather or block-sparse product."""
+    weight = torch.randn(outputs, inputs) * 0.1
+    ids = torch.randperm(outputs)[: int(share * outputs)].sort().values.to(torch.int32)
+    rows, x = sparse.RowMatrix(weight), torch.randn(1, inputs)
+    work = {"bytes": 4.0 * ids.numel() * inputs, "flops": 2.0 * ids.numel() * inputs}
+    yield ("20 % of the rows", f"1 x {inputs} -> {outputs}", work, "bytes", lambda: rows.dots(x, ids), lambda: F.linear(x, weight),
+           {"index_select, linear": lambda: F.linear(x, weight.index_select(0, ids))})  # fmt: skip
+    keep = torch.rand(outputs // sparse.TILE, inputs // sparse.TILE) < share
+    tiles, dense = sparse.prune_tiles(weight, keep), float_codecs.encode(weight, "f32")
+    whole = tiles.dense()
+    blocks = whole.to_sparse_bsr((sparse.TILE, sparse.TILE))
+    for count in (1, 16, 128):
+        many = torch.randn(count, inputs)
+        work = {"bytes": float(tiles.bytes), "flops": 2.0 * count * tiles.data.numel()}
+        others = {"sparse_bsr": lambda many=many: F.linear(many, blocks), "ours, dense": lambda many=many: packed.linear(many, dense, activations="fp32")}
+        yield (f"{100 * tiles.density:.0f} % of the tiles", f"{count} x {inputs} -> {outputs}", work, "bytes" if count == 1 else "flops",
+               lambda many=many: tiles.product(many), lambda many=many: F.linear(many, whole), others)  # fmt: skip
+
+
+def _rowwise(rows: int = 2048, width: int = 768) -> Iterator[Line]:
+    """ByteTransformer's fused steps between products, on the rows of BERT-base."""
+    x, residual, bias = torch.randn(rows, width), torch.randn(rows, width), torch.randn(width)
+    wide, wide_bias = torch.randn(rows, 4 * width), torch.randn(4 * width)
+    weight, shift = torch.ones(width), torch.zeros(width)
+    yield ("bias + GELU", f"{rows} x {4 * width}", {"bytes": 2.0 * wide.nbytes}, "bytes", lambda: fused.bias_gelu(wide, wide_bias),
+           lambda: F.gelu(wide + wide_bias), {})  # fmt: skip
+    yield ("bias + residual + LayerNorm", f"{rows} x {width}", {"bytes": 3.0 * x.nbytes}, "bytes",
+           lambda: fused.residual_norm(x, bias, residual, weight, shift, 1e-12),
+           lambda: F.layer_norm(x + bias + residual, (width,), weight, shift, 1e-12), {})  # fmt: skip
 
 
 def _attention() -> Iterator[Line]:
