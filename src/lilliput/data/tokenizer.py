@@ -75,6 +75,15 @@ class Tokenizer:
         """Highest id + 1."""
         return len(self._bytes)
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of control tokens (<|im_end|>): they stand for no text."""
+        return self._special
+
+    def token_bytes(self, number: int) -> bytes:
+        """The bytes that an id stands for, part of a character perhaps; those of a special token are its name. Nothing beyond the vocabulary."""
+        return self._piece(number, skip_special=False)
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of the text; special=True adds BOS (EOS) where the model was trained with it. UserError for what it cannot spell."""
         return self.encode_batch([text], special)[0]
