@@ -14,7 +14,7 @@ namespace {
 using Numbers = std::vector<double>;  // temperature, top_k, top_p, min_p, repetition, presence, frequency, u
 using Ids = std::vector<int32_t>;
 
-// One row's request: its numbers, the seen ids and how often, biased ids and biases, the address of its mask (0: none).
+// One row's request: its numbers, the seen ids and how often in the answer, biased ids and biases, the address of its mask (0: none).
 using Asked = std::tuple<Numbers, Ids, Ids, Ids, std::vector<float>, Address>;
 
 nb::object choose(Address logits, long stride, int vocab, const std::vector<Asked>& asked, int top_count, Address top_ids, Address top_logprobs) {

@@ -33,7 +33,7 @@ const float* changed(const float* x, int vocab, const SampleRow& how, Row& row) 
     for (int i = 0; i < how.seen_count; i++) {
       float& v = y[how.seen[i]];
       if (how.repetition != 1) v = float(v > 0 ? v / float(how.repetition) : v * float(how.repetition));
-      v -= float(how.presence) + float(how.frequency) * float(how.seen_times[i]);
+      if (how.seen_times[i]) v -= float(how.presence) + float(how.frequency) * float(how.seen_times[i]);
     }
   for (int i = 0; i < how.bias_count; i++) y[how.bias_ids[i]] += how.bias[i];
   if (how.mask)

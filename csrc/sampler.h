@@ -15,8 +15,8 @@ struct SampleRow {
   double u;            // in [0, 1)
   int top_k;           // 0: off; ties with the k-th stay
   int seen_count, bias_count;
-  const int32_t* seen;        // ids that occurred, each once
-  const int32_t* seen_times;
+  const int32_t* seen;        // ids that occurred in prompt or answer, each once
+  const int32_t* seen_times;  // in the answer
   const int32_t* bias_ids;
   const float* bias;
   const uint32_t* mask;       // bit i of word i / 32: token i may be drawn; null: all

@@ -42,8 +42,8 @@ Message = Mapping[str, Any]  # {"role": "user" | "assistant" | "system", "conten
 class LanguageModel:
     """A model with its tokenizer, ready to answer. `module` is the torch module, in evaluation mode.
 
-    Sampling keywords are the fields of `Sampling`: max_tokens, temperature (0 = greedy), top_k, top_p, min_p,
-    repetition_penalty, seed, stop, ignore_eos. An unknown one is a UserError.
+    Sampling keywords are the fields of `Sampling`: max_tokens, temperature (0 = greedy), top_k, top_p, min_p, seed, stop,
+    the penalties, logit_bias and more. An unknown one is a UserError.
     """
 
     module: Decoder | NativeDecoder
@@ -208,4 +208,7 @@ def _sampling(keywords: Mapping[str, Any]) -> Sampling:
     unknown = [name for name in keywords if name not in known]
     if unknown:
         raise UserError(f"unknown sampling keyword `{unknown[0]}`", fix=did_you_mean(unknown[0], known))
-    return Sampling(**keywords)
+    made = Sampling(**keywords)
+    if made.width > 1:
+        raise UserError(f"{made.width} answers at once", "a text is one answer", "model.engine.generate([prompt], Sampling(n=...))")
+    return made

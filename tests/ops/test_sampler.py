@@ -25,7 +25,8 @@ def random_draw(vocab: int) -> Draw:
         u=random.random(), temperature=random.choice([0, 0.3, 1.0, 2.0]), top_k=random.choice([0, 1, 5, 50, vocab]),
         top_p=random.choice([1.0, 0.1, 0.9, 0.999]), min_p=random.choice([0, 0, 0.05, 0.5]),
         repetition_penalty=random.choice([1.0, 1.3]), presence_penalty=random.choice([0.0, 0.5]),
-        frequency_penalty=random.choice([0.0, 0.1]), seen=seen, bias={random.randrange(vocab): 2.5} if random.random() < 0.3 else {}, mask_W=mask,
+        frequency_penalty=random.choice([0.0, 0.1]), seen={id: random.choice([0, 1, 4]) for id in seen},
+        bias={random.randrange(vocab): random.choice([2.5, -math.inf])} if random.random() < 0.3 and vocab > 2 else {}, mask_W=mask,
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def lowered(model: Decoder, weights: str = "fp32") -> NativeDecoder:
 
 
 def chunk(id: int, start: int, stop: int, table: list[int], known: int) -> Chunk:
-    return Chunk(id, start, stop, stop == known, table)
+    return Chunk(id, start, stop, stop == known, table, int(stop == known))
 
 
 def prompts() -> list[list[int]]:
@@ -69,4 +69,4 @@ def test_bit_equal_alone_in_a_crowd_and_in_chunks(model: Decoder, weights: str, 
 
 def test_a_step_without_samples_gives_no_logits(model: Decoder) -> None:
     runner = Native(lowered(model), 8)
-    assert runner.forward([(Chunk(0, 0, 5, False, [0]), [1, 2, 3, 4, 5])]).shape == (0, 97)
+    assert runner.forward([(Chunk(0, 0, 5, False, [0], 0), [1, 2, 3, 4, 5])]).shape == (0, 97)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lilliput.base.errors import UserError
-from lilliput.serve.request import Request, Sampling, StopText
+from lilliput.serve.answer import Answer, Request, StopText
+from lilliput.serve.request import Sampling
 
 
 class Letters:
@@ -25,8 +26,12 @@ class Letters:
         return out
 
 
+def answer(limit: int, eos: frozenset[int] = frozenset(), **sampling: object) -> Answer:
+    return Answer(1, Request(1, [10, 11, 12], Sampling(**sampling), limit, eos, Letters), 0)  # type: ignore[arg-type]
+
+
 def run(text: str, limit: int = 100, eos: int = 0, **sampling: object) -> tuple[str, str | None, list[int]]:
-    request = Request(1, [1, 2], Sampling(**sampling), limit, frozenset({eos}), Letters())  # type: ignore[arg-type]
+    request = answer(limit, frozenset({eos}), **sampling)
     shown = ""
     for letter in text:
         delta = request.append(ord(letter), -0.5)
@@ -41,6 +46,8 @@ def run(text: str, limit: int = 100, eos: int = 0, **sampling: object) -> tuple[
     [
         dict(max_tokens=0), dict(temperature=-0.1), dict(temperature=float("nan")), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1), dict(min_p=2.0),
         dict(repetition_penalty=0.0), dict(stop=("",)), dict(stop="abc"),
+        dict(min_tokens=300), dict(presence_penalty=float("inf")), dict(frequency_penalty=float("nan")), dict(bad_words="abc"), dict(bad_words=("",)),
+        dict(logit_bias={1: float("inf")}), dict(logprobs=-1), dict(prompt_logprobs=-1), dict(n=0), dict(n=129), dict(best_of=0),
     ],
     ids=str,
 )
@@ -62,7 +69,7 @@ def test_the_limit_gives_out_what_was_held_back() -> None:
 
 def test_a_stop_string_over_several_tokens_never_shows() -> None:
     assert run("one END two", stop=("END",))[:2] == ("one ", "stop")
-    request = Request(1, [1], Sampling(stop=("END",)), 50, frozenset(), Letters())
+    request = answer(50, stop=("END",))
     shown = [request.append(ord(c), 0.0).text for c in "xEN."]
     assert "".join(shown) == "xEN." and "E" not in "".join(shown[:3])
 
@@ -73,17 +80,35 @@ def test_a_stop_string_completed_by_the_last_held_character() -> None:
     assert run("abc", limit=3, stop=("bc",)) == ("a", "stop", [97, 98, 99])
 
 
+def test_min_tokens_keeps_stop_strings_and_the_end_token_away() -> None:
+    assert run("a\0b\0c", min_tokens=2)[1:] == ("stop", [97, 0, 98, 0])
+    assert run("xEND ENDy", stop=("END",), min_tokens=4)[:2] == ("xEND ", "stop")
+
+
+def test_a_stop_id_ends_the_answer_and_is_named() -> None:
+    request = answer(50, eos=frozenset({5}), stop_ids=(98,))
+    assert request.append(ord("a"), -1.0).stop_reason is None
+    last = request.append(98, -1.0)
+    assert (last.finish_reason, last.stop_reason, last.text) == ("stop", 98, "")
+    request = answer(50, eos=frozenset({5}))
+    assert request.append(5, 0.0).stop_reason is None, "the model's own end needs no name"
+    request = answer(50, stop=("bc",))
+    assert [request.append(ord(c), 0.0).stop_reason for c in "abc."] == [None, None, None, "bc"]
+
+
 def test_known_tokens_span_prompt_and_answer() -> None:
-    request = Request(1, [10, 11, 12], Sampling(), 5, frozenset(), Letters())
+    request = answer(5)
     for token in (20, 21):
         request.append(token, 0.0)
     assert request.known(0, 2) == [10, 11] and request.known(2, 4) == [12, 20] and request.known(4, 5) == [21]
 
 
 def test_without_a_seed_each_request_has_its_own() -> None:
-    first, second = (Request(1, [1], Sampling(), 5, frozenset(), Letters()) for _ in range(2))
+    first, second = answer(5), answer(5)
     assert first.seed != second.seed
-    assert Request(1, [1], Sampling(seed=9), 5, frozenset(), Letters()).seed == 9
+    assert answer(5, seed=9).seed == 9
+    request = Request(1, [1], Sampling(seed=9, n=2), 5, frozenset(), Letters)
+    assert len({Answer(i, request, i).seed for i in range(2)}) == 2, "the answers of one request differ"
 
 
 @settings(deadline=None, max_examples=400)
@@ -97,4 +122,4 @@ def test_stops_do_not_depend_on_the_cut(text: str, stops: list[str], data: st.Da
         shown += scanner.push(text[at : at + step])
         at += step
         assert expected.startswith(shown)
-    assert shown + scanner.flush() == expected and scanner.found == bool(ends)
+    assert shown + scanner.flush() == expected and bool(scanner.found) == bool(ends)

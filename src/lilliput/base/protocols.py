@@ -103,5 +103,5 @@ class Runner(Protocol):
     """Runs the model for the engine: token rows in, logits of the sampled rows out."""
 
     def forward(self, sequences: Sequence[Any]) -> Tensor:
-        """Logits [chunks that sample, vocab] of the last token of each such chunk, in their order."""
+        """Logits [rows, vocab] of the last `wants` tokens of each chunk, in their order."""
         ...

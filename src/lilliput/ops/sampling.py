@@ -14,7 +14,6 @@ Nguyen et al. 2024, arXiv 2407.01082 (min-p).
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -27,18 +26,19 @@ from lilliput.ops import native
 
 @dataclass(frozen=True)
 class Draw:
-    """How one row is sampled. `seen`: ids of prompt and answer; `u`: the row's random number; `mask_W`: int32 words, bit i = token i may come."""
+    """How one row is sampled. `u`: the row's random number; `seen`: ids of prompt and answer, each with how often it came in the answer
+    (0: in the prompt alone); `mask_W`: int32 words, bit i = token i may come."""
 
     u: float = 0.0
     temperature: float = 0.0  # 0 = the largest logit
     top_k: int = 0  # 0 = off
     top_p: float = 1.0
     min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0  # subtracted from the logit of each token that occurred
+    repetition_penalty: float = 1.0  # of all that was seen
+    presence_penalty: float = 0.0  # subtracted from the logit of each token that came in the answer
     frequency_penalty: float = 0.0  # ... times how often it did
-    seen: Sequence[int] = ()
-    bias: Mapping[int, float] = field(default_factory=dict)  # added to logits
+    seen: Mapping[int, int] = field(default_factory=dict)
+    bias: Mapping[int, float] = field(default_factory=dict)  # added to logits; -inf: never
     mask_W: Tensor | None = None
 
     @property
@@ -75,7 +75,7 @@ def choose_rows(logits_NV: Tensor, draws: Sequence[Draw], top: int = 0) -> list[
     asked = []
     for draw in draws:
         numbers = [draw.temperature, draw.top_k, draw.top_p, draw.min_p, draw.repetition_penalty, draw.presence_penalty, draw.frequency_penalty, draw.u]
-        times = Counter(draw.seen) if draw.penalised else {}
+        times = draw.seen if draw.penalised else {}
         mask = 0 if draw.mask_W is None else draw.mask_W.data_ptr()
         asked.append((numbers, list(times), list(times.values()), list(draw.bias), list(draw.bias.values()), mask))
     found = native.module().choose(logits_NV.data_ptr(), logits_NV.stride(0), vocab, asked, top, ids.data_ptr(), logprobs.data_ptr())
@@ -88,10 +88,10 @@ def _choose_row(logits_V: Tensor, draw: Draw, top: int) -> Choice:
     if not abs(total) < float("inf"):
         return Choice(-1, 0.0, total)
     changed_V = logits_V.clone()
-    for token, times in Counter(draw.seen).items() if draw.penalised else ():
+    for token, times in draw.seen.items() if draw.penalised else ():
         value = float(changed_V[token])
         value = value / draw.repetition_penalty if value > 0 else value * draw.repetition_penalty
-        changed_V[token] = value - draw.presence_penalty - draw.frequency_penalty * times
+        changed_V[token] = value - draw.presence_penalty * (times > 0) - draw.frequency_penalty * times
     for token, value in draw.bias.items():
         changed_V[token] += value
     if draw.mask_W is not None:

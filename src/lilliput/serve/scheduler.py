@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 
 from lilliput.serve.blocks import BlockPool, blocks_for
 
+SCORED = 256  # rows of logits in one step for a prompt that is scored: 50 MB with a vocabulary of 49,152
+
 
 @dataclass
 class Sequence:
@@ -27,6 +29,8 @@ class Sequence:
     id: int
     known: int  # tokens whose ids are known: the prompt and what has been sampled
     reserve: int  # tokens of cache it can need at most
+    prompt: int  # tokens of the prompt
+    scores: bool = False  # every row of the prompt is asked for its logits
     computed: int = 0  # tokens whose keys and values are in the cache
     table: list[int] = field(default_factory=list)  # its blocks; empty while it waits
 
@@ -40,6 +44,8 @@ class Chunk:
     stop: int
     samples: bool
     table: list[int]
+    wants: int  # logits of so many rows, the last ones
+    prompt: int = 0  # rows of them that are of the prompt
 
 
 class Scheduler:
@@ -51,10 +57,11 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
-    def add(self, id: int, known: int, reserve: int) -> None:
-        """Queue a sequence of `known` prompt tokens that needs `reserve` tokens of cache at most."""
+    def add(self, id: int, known: int, reserve: int, scores: bool = False) -> None:
+        """Queue a sequence of `known` prompt tokens that needs `reserve` tokens of cache at most. scores: the logits of the whole prompt are
+        wanted, which come in chunks of SCORED rows."""
         assert blocks_for(reserve) <= self.pool.total, f"sequence {id} can never fit: the engine refuses it before"
-        self.waiting.append(Sequence(id, known, reserve))
+        self.waiting.append(Sequence(id, known, reserve, known, scores))
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step: running sequences first, then admissions while budget and blocks last."""
@@ -85,9 +92,12 @@ class Scheduler:
             self.waiting.remove(seq)
 
     def _take(self, seq: Sequence, budget: int, chunks: list[Chunk]) -> int:
-        count = min(seq.known - seq.computed, budget)
+        asked = seq.scores and seq.computed < seq.prompt
+        count = min(seq.known - seq.computed, budget, SCORED if asked else budget)
         stop = seq.computed + count
-        chunks.append(Chunk(seq.id, seq.computed, stop, stop == seq.known, seq.table))
+        samples = stop == seq.known
+        prompt = max(0, min(stop, seq.prompt) - seq.computed)
+        chunks.append(Chunk(seq.id, seq.computed, stop, samples, seq.table, count if asked else int(samples), prompt))
         return count
 
     def _find(self, id: int) -> Sequence:

@@ -40,12 +40,12 @@ class Eager:
 
     @torch.inference_mode()
     def forward(self, sequences: Sequence[tuple[Chunk, list[int]]]) -> Tensor:
-        """Chunks with the ids of their tokens -> logits fp32 [chunks that sample, vocab], in order. Writes the new keys and values."""
+        """Chunks with the ids of their tokens -> logits fp32 [rows that chunks want, vocab], in order. Writes the new keys and values."""
         tokens = [token for _, ids in sequences for token in ids]
         positions = [p for chunk, _ in sequences for p in range(chunk.start, chunk.stop)]
         new = self._tensor([slot for chunk, _ in sequences for slot in slots(chunk.table, chunk.start, chunk.stop)])
         rows = [len(ids) for _, ids in sequences]
-        sampled = [end - 1 for (chunk, _), end in zip(sequences, accumulate(rows)) if chunk.samples]
+        sampled = [row for (chunk, _), end in zip(sequences, accumulate(rows)) for row in range(end - chunk.wants, end)]
         caches = [self._cached(chunk) for chunk, _ in sequences]
 
         def paged(layer: int, q_1HTD: Tensor, k_1GTD: Tensor, v_1GTD: Tensor, window: int | None) -> Tensor:

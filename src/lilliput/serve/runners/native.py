@@ -30,7 +30,7 @@ class Native:
 
     @torch.inference_mode()
     def forward(self, sequences: Sequence[tuple[Chunk, list[int]]]) -> Tensor:
-        """Chunks with the ids of their tokens -> logits fp32 [chunks that sample, vocab], in order. Writes the new keys and values."""
+        """Chunks with the ids of their tokens -> logits fp32 [rows that chunks want, vocab], in order. Writes the new keys and values."""
         ends = list(accumulate(len(ids) for _, ids in sequences))
         widest = max(len(chunk.table) for chunk, _ in sequences)
         return self.model.step(
@@ -39,7 +39,7 @@ class Native:
             _int32([0, *ends]),
             _int32([chunk.stop for chunk, _ in sequences]),
             _int32([[*chunk.table, *[0] * (widest - len(chunk.table))] for chunk, _ in sequences]),
-            _int32([end - 1 for (chunk, _), end in zip(sequences, ends) if chunk.samples]),
+            _int32([row for (chunk, _), end in zip(sequences, ends) for row in range(end - chunk.wants, end)]),
         )
 
 
