@@ -54,7 +54,7 @@ def walk(make, tokenizer: Tokenizer, seed: int, most: int = 300) -> str | None:
 
 
 SCHEMAS = [
-    {"type": "object", "properties": {"name": {"type": "string", "maxLength": 5}, "age": {"type": "integer", "minimum": 0}}, "required": ["name", "age"]},
+    {"type": "object", "properties": {"n": {"type": "string", "maxLength": 5}, "age": {"type": "integer", "minimum": 0}}, "required": ["n", "age"]},
     {"enum": ["red", 3, None, {"a": [1]}]},
     {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 4},
     {"anyOf": [{"type": "string", "pattern": "^[ab]+$"}, {"type": "null"}]},
@@ -119,7 +119,8 @@ def test_what_cannot_be_enforced_is_refused_by_name(schema, said: str, grammars:
 
 
 def test_what_is_no_grammar_is_refused(grammars: Grammars) -> None:
-    for make, value in ((grammars.regex, "("), (grammars.grammar, "start: ("), (grammars.grammar, "root ::= ("), (grammars.choice, []), (grammars.choice, [""])):
+    no_grammar = [(grammars.regex, "("), (grammars.grammar, "start: ("), (grammars.grammar, "root ::= ("), (grammars.choice, []), (grammars.choice, [""])]
+    for make, value in no_grammar:
         with pytest.raises(UserError):
             make(value)
     with pytest.raises(UserError, match="too large"):
