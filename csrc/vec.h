@@ -49,6 +49,10 @@ LP_INLINE void store_half(uint16_t* p, vf v) { _mm256_storeu_si256((__m256i*)p, 
 LP_INLINE vf round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 LP_INLINE vi to_int(vf a) { return _mm512_cvtps_epi32(a); }
 LP_INLINE vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
+LP_INLINE vi plus(vi a, vi b) { return _mm512_add_epi32(a, b); }
+LP_INLINE vi max(vi a, vi b) { return _mm512_max_epi32(a, b); }
+LP_INLINE int32_t sum(vi v) { return _mm512_reduce_add_epi32(v); }
+LP_INLINE int32_t hmax(vi v) { return _mm512_reduce_max_epi32(v); }
 LP_INLINE vf pow2(vf n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23)); }
 #elif defined(__AVX2__)
 LP_INLINE vf set1(float x) { return _mm256_set1_ps(x); }
@@ -76,6 +80,18 @@ LP_INLINE void store_half(uint16_t* p, vf v) { _mm_storeu_si128((__m128i*)p, _mm
 LP_INLINE vf round(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 LP_INLINE vi to_int(vf a) { return _mm256_cvtps_epi32(a); }
 LP_INLINE vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }
+LP_INLINE vi plus(vi a, vi b) { return _mm256_add_epi32(a, b); }
+LP_INLINE vi max(vi a, vi b) { return _mm256_max_epi32(a, b); }
+LP_INLINE int32_t sum(vi v) {
+  __m128i a = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  a = _mm_add_epi32(a, _mm_shuffle_epi32(a, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(a, _mm_shuffle_epi32(a, 0xb1)));
+}
+LP_INLINE int32_t hmax(vi v) {
+  __m128i a = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  a = _mm_max_epi32(a, _mm_shuffle_epi32(a, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(a, _mm_shuffle_epi32(a, 0xb1)));
+}
 LP_INLINE vf pow2(vf n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)); }
 #else
 LP_INLINE vf set1(float x) { return vf{x, x, x, x}; }
@@ -83,7 +99,7 @@ LP_INLINE vf zero() { return set1(0.0f); }
 LP_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
 LP_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 LP_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
-LP_INLINE vf abs(vf a) { return a < zero() ? -a : a; }
+LP_INLINE vf abs(vf a) { vi i; memcpy(&i, &a, sizeof i); i &= 0x7fffffff; memcpy(&a, &i, sizeof a); return a; }
 LP_INLINE vf sqrt(vf a) { for (int i = 0; i < W; i++) a[i] = __builtin_sqrtf(a[i]); return a; }
 LP_INLINE vf load_n(const float* p, int n) { vf v = zero(); for (int i = 0; i < n; i++) v[i] = p[i]; return v; }
 LP_INLINE void store_n(float* p, vf v, int n) { for (int i = 0; i < n; i++) p[i] = v[i]; }
@@ -92,8 +108,14 @@ LP_INLINE float hmax(vf v) { float a = v[0]; for (int i = 1; i < W; i++) a = v[i
 LP_INLINE vf round(vf a) { for (int i = 0; i < W; i++) a[i] = __builtin_rintf(a[i]); return a; }
 LP_INLINE vi to_int(vf a) { vi v; for (int i = 0; i < W; i++) v[i] = int32_t(__builtin_rintf(a[i])); return v; }
 LP_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
+LP_INLINE vi plus(vi a, vi b) { return a + b; }
+LP_INLINE vi max(vi a, vi b) { return a > b ? a : b; }
+LP_INLINE int32_t sum(vi v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+LP_INLINE int32_t hmax(vi v) { int32_t a = v[0]; for (int i = 1; i < W; i++) a = v[i] > a ? v[i] : a; return a; }
 LP_INLINE vf pow2(vf n) { vi i = (to_int(n) + 127) << 23; vf v; memcpy(&v, &i, sizeof v); return v; }
 #endif
+
+LP_INLINE vi bits(vf v) { vi i; memcpy(&i, &v, sizeof i); return i; }  // not negative: in the order of the numbers, then infinity, then NaN
 
 // fp16 <-> fp32 of one number, on any machine (round to nearest even; subnormals, infinities and NaN as IEEE says).
 LP_INLINE float half_to_float(uint16_t h) {

@@ -229,7 +229,7 @@ void block(const Weight& w, const Rows8& x, int row, int panel, const float* bia
 }
 
 #if defined(__AVX512F__)
-constexpr int ROWS = 6, WIDE = 2;  // rows x panels of the main block
+constexpr int ROWS = 12, WIDE = 1;  // rows x panels of the main block
 #elif defined(__AVX2__)
 constexpr int ROWS = 4, WIDE = 1;
 #else
@@ -253,18 +253,20 @@ void tiles(const Weight& w, const Rows8& x, int r0, int r1, int p0, int p1, cons
   const long next = NEAR * (static_cast<const uint8_t*>(span<F>(w, 1).data) - static_cast<const uint8_t*>(w.data));
   for (int p = p0; p < p1; p += NEAR) {
     const int q = p + NEAR < p1 ? p + NEAR : p1;
-    int r = r0;
-    for (; r + ROWS <= r1; r += ROWS) rows_of<ROWS, F, O>(w, x, r, p, q, bias, y, y_stride, add, r == r0 ? next : 0);
-    const long ahead = r == r0 ? next : 0;
-    switch (r1 - r) {
+    const int blocks = (r1 - r0 + ROWS - 1) / ROWS;
+    for (int i = 0, r = r0; i < blocks; i++) {  // of nearly equal height: what a block reads and unpacks is spread over its rows
+      const int rows = (r1 - r + blocks - i - 1) / (blocks - i);
+      const long ahead = r == r0 ? next : 0;
+      switch (rows) {
+#define ROWS_OF(n) case n: rows_of<n, F, O>(w, x, r, p, q, bias, y, y_stride, add, ahead); break;
+        ROWS_OF(1) ROWS_OF(2) ROWS_OF(3) ROWS_OF(4)
 #if defined(__AVX512F__)
-      case 5: rows_of<5, F, O>(w, x, r, p, q, bias, y, y_stride, add, ahead); break;
-      case 4: rows_of<4, F, O>(w, x, r, p, q, bias, y, y_stride, add, ahead); break;
+        ROWS_OF(5) ROWS_OF(6) ROWS_OF(7) ROWS_OF(8) ROWS_OF(9) ROWS_OF(10) ROWS_OF(11) ROWS_OF(12)
 #endif
-      case 3: rows_of<3, F, O>(w, x, r, p, q, bias, y, y_stride, add, ahead); break;
-      case 2: rows_of<2, F, O>(w, x, r, p, q, bias, y, y_stride, add, ahead); break;
-      case 1: rows_of<1, F, O>(w, x, r, p, q, bias, y, y_stride, add, ahead); break;
-      default: break;
+#undef ROWS_OF
+        default: break;
+      }
+      r += rows;
     }
   }
 }
@@ -292,26 +294,26 @@ void quantize(const float* x, long x_stride, int r0, int r1, int inputs, int gro
     int8_t* q = to.q + long(r) * to.stride;
     for (int g = 0; g < to.groups; g++) {
       const float* from = row + g * size;
-      vf most = zero(), odd = zero();
+      vi most = bits(zero());  // of |x|, as bits: NaN is above infinity, and it is found with the same comparison
       int k = 0;
-      for (; k + W <= size; k += W) { const vf v = load(from + k); most = max(most, abs(v)); odd = odd + (v - v); }
-      if (k < size) { const vf v = load_n(from + k, size - k); most = max(most, abs(v)); odd = odd + (v - v); }
-      const float top = hmax(most), fault = sum(odd);
-      const bool finite = fault == 0.0f;
+      for (; k + W <= size; k += W) most = max(most, bits(abs(load(from + k))));
+      if (k < size) most = max(most, bits(abs(load_n(from + k, size - k))));
+      const float top = bits_float(hmax(most));
+      const bool finite = top <= 3.4028235e38f;
       const float scale = given ? given[g] : top / 127.0f;
       const float inverse = !finite || (given ? scale : top) <= 1e-30f ? 0.0f : given ? 1.0f / scale : 127.0f / top;  // below, it would be infinite
       const vf most_q = set1(127.0f), least_q = set1(-127.0f);
-      int32_t total = 0;
+      vi total = bits(zero());
       for (k = 0; k < size; k += W) {
         const int n = size - k < W ? size - k : W;
         const vf v = n == W ? load(from + k) : load_n(from + k, n);
         const vi rounded = finite ? to_int(max(min(v * set1(inverse), most_q), least_q)) : to_int(zero());
+        total = plus(total, rounded);
         if (n == W) store_bytes(q + g * size + k, rounded);
         else { int8_t rest[PANEL]; store_bytes(rest, rounded); memcpy(q + g * size + k, rest, size_t(n)); }
       }
-      for (k = 0; k < size; k++) total += q[g * size + k];
       to.scales[long(r) * to.groups + g] = finite ? scale : bits_float(0x7fc00000);
-      to.sums[long(r) * to.groups + g] = total;
+      to.sums[long(r) * to.groups + g] = sum(total);
     }
     if (to.stride > inputs) memset(q + inputs, 0, size_t(to.stride - inputs));
   }
