@@ -1,1 +1,1 @@
-"""L2: what tensors cost (meter) and what is recomputed (execute), for any nn.Module."""
+"""L2: one plan for every tensor (plan), what it costs (trace, capture, simulate), its execution (execute, stores) and the count of bytes (meter)."""

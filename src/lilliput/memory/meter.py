@@ -9,12 +9,16 @@ began (pass them in `known`). Costs ~10 us an op: for tests, papers and `plan` c
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lilliput.base.errors import DoesNotFit
+from lilliput.base.show import size
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -25,22 +29,43 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
 class Meter(TorchDispatchMode):
     """`with Meter() as meter: ...` then meter.peak, meter.live (bytes) and meter.calls (op name -> count).
 
-    Only storages created inside the block count. `mark()` restarts the peak at what is alive now.
+    Only storages created inside the block count. `mark()` restarts the peak at what is alive now. `budget` (tier -> bytes)
+    is enforced: DoesNotFit at the first operation whose result does not fit. What is made under `placing` is another tier's.
     """
 
-    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+    def __init__(self, known: Iterable[torch.Tensor] = (), budget: Mapping[str, int] | None = None) -> None:
         super().__init__()
-        self.live = 0
-        self.peak = 0
+        self.tiers: dict[str, list[int]] = {"device": [0, 0]}  # tier -> [live, peak] bytes
+        self.budget = dict(budget or {})
+        self._tier = "device"
         self.calls: dict[str, int] = {}
         self._seen: dict[int, Any] = {}
         for tensor in known:
             self._seen[tensor.untyped_storage()._cdata] = None
 
+    @property
+    def live(self) -> int:
+        """Bytes alive in the device tier."""
+        return self.tiers["device"][0]
+
+    @property
+    def peak(self) -> int:
+        """The most there ever were."""
+        return self.tiers["device"][1]
+
     def mark(self) -> int:
-        """Set the peak to the live bytes and return them."""
-        self.peak = self.live
+        """Set the device tier's peak to the live bytes and return them."""
+        self.tiers["device"][1] = self.live
         return self.live
+
+    @contextmanager
+    def placing(self, tier: str) -> Iterator[None]:
+        """What is made inside belongs to another tier."""
+        before, self._tier = self._tier, tier
+        try:
+            yield
+        finally:
+            self._tier = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op, then count the storages it made."""
@@ -53,13 +78,18 @@ class Meter(TorchDispatchMode):
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen or size == 0:
+        key, count = storage._cdata, storage.nbytes()
+        if key in self._seen or count == 0:
             return
-        self._seen[key] = weakref.finalize(storage, self._release, key, size)
-        self.live += size
-        self.peak = max(self.peak, self.live)
+        tier = self.tiers.setdefault(self._tier, [0, 0])
+        limit = self.budget.get(self._tier)
+        if limit is not None and tier[0] + count > limit:
+            raise DoesNotFit(f"an allocation of {size(count)} is refused", f"{size(tier[0])} of the {self._tier} tier's {size(limit)} are in use",
+                             f"{tier[0] + count} bytes would be enough here")  # fmt: skip
+        self._seen[key] = weakref.finalize(storage, self._release, key, count, tier)
+        tier[0] += count
+        tier[1] = max(tier)
 
-    def _release(self, key: int, size: int) -> None:
+    def _release(self, key: int, count: int, tier: list[int]) -> None:
         self._seen.pop(key, None)
-        self.live -= size
+        tier[0] -= count

@@ -1,0 +1,111 @@
+"""The memory plan: one row a tensor, place x codec, and who asked for it. No torch.
+
+    place    keep (in a tier) | recompute | page (out of the device tier and back)
+    codec    exact | bf16: how the bytes lie while nobody computes with them
+
+Rooms claim rows before a planner fills the rest; two claims on one axis of one tensor are a refusal that names both. The
+plan is plain JSON, one line a row, so two plans can be compared with diff, and it belongs to one trace (its digest).
+Only `simulate` says what a plan costs and whether it is legal; only `execute` carries it out.
+
+A span (in, out) says when a tensor that left comes back: before the backward pass asks for saved tensor `in`, until it
+asks for saved tensor `out` (None: until its last use). Without spans it comes back when it is asked for.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from lilliput.base.errors import UserError
+from lilliput.base.ledger import Tier
+
+Place = Literal["keep", "recompute", "page"]
+Codec = Literal["exact", "bf16"]
+RATIO = {"exact": 1.0, "bf16": 0.5}  # bytes of a stored fp32 number, over 4
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where a tensor is between the forward and the backward pass. `out`: the PACK by which a paged one has left (None: its own)."""
+
+    place: Place = "keep"
+    tier: Tier = "device"
+    codec: Codec = "exact"
+    out: int | None = None
+    spans: tuple[tuple[int, int | None], ...] = ()
+
+    @property
+    def away(self) -> bool:
+        """Whether the device tier lets go of it after the forward pass (a kept one in another codec lies there encoded)."""
+        return self.place != "keep" or self.codec != "exact"
+
+
+KEEP, RECOMPUTE = Decision(), Decision("recompute")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tensor's bytes, its decision, and the room that claimed each axis ("" = the planner)."""
+
+    bytes: int
+    decision: Decision = KEEP
+    claims: tuple[tuple[str, str], ...] = ()  # (axis, room)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Immutable. `rows`: name -> Row; activations are named "N name" after their storage number in the trace."""
+
+    trace: str  # digest
+    planner: str
+    rows: Mapping[str, Row]
+    budget: Mapping[str, int] = field(default_factory=dict)  # tier -> bytes, what was asked for
+    predicted: Mapping[str, float] = field(default_factory=dict)  # peak bytes by tier and seconds, as simulated
+
+    def claim(self, room: str, pattern: str, **axes: Any) -> MemoryPlan:
+        """Fix axes (place=, tier=, codec=) of every row that matches. UserError when another room has one of them, or nothing matches."""
+        names = [name for name in self.rows if fnmatch.fnmatchcase(name, pattern)]
+        if not names:
+            raise UserError(f"`{room}` claims `{pattern}`", "no tensor of the plan has such a name", f"one of: {', '.join(list(self.rows)[:4])}, ...")
+        rows = dict(self.rows)
+        for name in names:
+            row = rows[name]
+            for axis in axes:
+                owner = dict(row.claims).get(axis)
+                if owner not in (None, room):
+                    raise UserError(f"`{owner}` and `{room}` both decide the {axis} of {name}",
+                                    f"{owner}: {getattr(row.decision, axis)}; {room}: {axes[axis]}", f"switch one of [{owner}] and [{room}] off")  # fmt: skip
+            claims = dict(row.claims) | dict.fromkeys(axes, room)
+            rows[name] = Row(row.bytes, replace(row.decision, **axes), tuple(sorted(claims.items())))
+        return replace(self, rows=rows)
+
+    def decisions(self) -> dict[int, Decision]:
+        """Storage number -> decision of every activation row."""
+        return {int(name.split(" ")[0]): row.decision for name, row in self.rows.items() if name.split(" ")[0].isdigit()}
+
+    def to_json(self) -> str:
+        """One line a row, in order; the same plan is the same text."""
+        head = {"trace": self.trace, "planner": self.planner, "budget": dict(self.budget), "predicted": dict(self.predicted)}
+        rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(_plain(row))}" for name, row in self.rows.items())
+        return json.dumps(head)[:-1] + ',\n "rows": {\n' + rows + "\n }}\n"
+
+    @staticmethod
+    def from_json(text: str) -> MemoryPlan:
+        """The plan that `to_json` wrote."""
+        data = json.loads(text)
+        return MemoryPlan(data["trace"], data["planner"], {n: _row(r) for n, r in data["rows"].items()}, data["budget"], data["predicted"])
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    given = {k: v for k, v in asdict(row.decision).items() if v != getattr(KEEP, k)}
+    return {"bytes": row.bytes} | given | ({"claims": dict(row.claims)} if row.claims else {})
+
+
+def _row(data: dict[str, Any]) -> Row:
+    data = dict(data)
+    size, claims = data.pop("bytes"), data.pop("claims", {})
+    spans = tuple((start, end) for start, end in data.pop("spans", ()))
+    return Row(size, Decision(**data, spans=spans), tuple(sorted(claims.items())))
