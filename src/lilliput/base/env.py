@@ -33,6 +33,11 @@ def debug() -> bool:
     return _flag("LILLIPUT_DEBUG")
 
 
+def api_keys() -> tuple[str, ...]:
+    """LILLIPUT_API_KEY: keys that clients of `lilliput serve` must show, separated by commas; empty when unset."""
+    return tuple(key.strip() for key in os.environ.get("LILLIPUT_API_KEY", "").split(",") if key.strip())
+
+
 def test_data() -> Path | None:
     """LILLIPUT_TEST_DATA: folder of extra real data for tests and papers; None when unset."""
     folder = os.environ.get("LILLIPUT_TEST_DATA")

@@ -98,7 +98,23 @@ class Serve(Section):
     kv: Literal["fp32", "fp16", "int8", "int4"] = Field("fp32", description="how the native runner stores keys and values")
 
 
-CORE: dict[str, type[Section]] = {"job": Top, "data": Data, "train": Train, "eval": Eval, "generate": Generate, "serve": Serve}
+class Http(Section):
+    """The server of `lilliput serve`. A key that others must not read goes into LILLIPUT_API_KEY."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 = every network, with a key only")
+    port: int = Field(8000, ge=0, le=65535, description="0 = any free one")
+    name: str = Field("", description="the model's name in the API; empty = as it was asked for")
+    api_key: str | tuple[str, ...] = Field("", description="keys that clients must show; empty = none on loopback")
+    cors: str | tuple[str, ...] = Field("", description="origins whose pages may call, or *; empty = none")
+    embeddings: Literal["off", "mean", "last"] = Field("off", description="/v1/embeddings of a decoder; takes a second copy of the weights")
+    max_requests: int = Field(256, ge=1, description="requests in flight; more are answered 503")
+    max_body: int = Field(4 << 20, ge=1024, description="bytes of one request")
+    max_tokens: int = Field(0, ge=0, description="tokens of one answer; 0 = what the context allows")
+    timeout: float = Field(600.0, ge=0, description="seconds of one request; 0 = no limit")
+    drain: float = Field(30.0, ge=0, description="seconds that answers have to end after SIGTERM")
+
+
+CORE: dict[str, type[Section]] = {"job": Top, "data": Data, "train": Train, "eval": Eval, "generate": Generate, "serve": Serve, "http": Http}
 
 
 def sections() -> dict[str, type[Section]]:
@@ -117,6 +133,7 @@ class Job:
         self.eval: Eval = settings.section("eval")
         self.generate: Generate = settings.section("generate")
         self.serve: Serve = settings.section("serve")
+        self.http: Http = settings.section("http")
         self.rooms: dict[str, Any] = {name: settings.section(name) for name in registry.names("train") if settings.present(name)}
 
     @staticmethod

@@ -12,6 +12,7 @@ from lilliput.base.version import __version__
 VERBS = {
     "pull": "lilliput.cli.pull:pull",
     "chat": "lilliput.cli.chat:chat",
+    "serve": "lilliput.cli.serve:serve",
     "train": "lilliput.cli.train:train",
     "eval": "lilliput.cli.eval:evaluate",
     "bench": "lilliput.cli.bench:bench",
@@ -52,6 +53,7 @@ def root(
     \b
     lilliput pull                                  fetch the default model (smollm2-135m)
     lilliput chat "What is the capital of France?"
+    lilliput serve                                 OpenAI's API on loopback
     lilliput plan model=llama-7b lora=on           what a job will cost, before it runs
     lilliput train job.toml train.steps=200        the same command resumes
     lilliput eval runs/job/model eval.path=notes.txt

@@ -303,19 +303,19 @@ def _as_text(arguments: Any) -> str:
 # ---- grammar
 
 
-def rule(tools: Sequence[Mapping[str, Any]], *, required: bool, many: bool, bare: bool = False) -> str:
-    """The Lark grammar of an answer that calls these tools: only calls when `required`, else free text and calls; `many`: more than one."""
-    begin, end, key = ("", "", "parameters") if bare else (OPEN, "\n" + CLOSE, "arguments")
-    head = "" if bare else "\n"
-    calls = [
-        f"{literal(f'{head}{{' + json.dumps('name') + ': ' + json.dumps(tool['name']) + ', ' + json.dumps(key) + ': ')} "
-        f"{json_rule(tool.get('parameters') or {'type': 'object'})} {literal('}' + end)}"
-        for tool in tools
-    ]
-    one = "\n".join(f"call_{i}: {call}" for i, call in enumerate(calls)) + "\nbody: " + " | ".join(f"call_{i}" for i in range(len(calls)))
-    if required:
-        first = literal(begin) + " body" if begin else "body"
-        return f'start: call (BLANK call)*\nBLANK: "\\n"\ncall: {first}\n{one}' if many and not bare else f"start: {first}\n{one}"
-    if bare:
-        return f"start: body | TEXT\nTEXT: /[^{{\\[](.|\\n)*/\n{one}"
-    return f"start: {'called*' if many else 'called?'} TEXT\nTEXT: /(.|\\n)*/\nopened[lazy]: TEXT {literal(begin)}\ncalled: opened body\n{one}"
+def rule(tools: Sequence[Mapping[str, Any]], *, required: bool, many: bool, bare: bool = False, answer: Any = None) -> str:
+    """The Lark grammar of an answer that may call these tools. `required`: nothing but calls; `many`: more than one; `answer`: the JSON
+    schema of an answer without calls, None = free text, in which calls may come. UserError for a schema that cannot be enforced."""
+    begin, end, key = ("", "}", "parameters") if bare else (OPEN + "\n", "}\n" + CLOSE, "arguments")
+
+    def body(tool: Mapping[str, Any], begin: str) -> str:
+        head = f'{begin}{{"name": {json.dumps(tool["name"])}, "{key}": '
+        return f"{literal(head)} {json_rule(tool.get('parameters') or {'type': 'object'})} {literal(end)}"
+
+    if required or bare or answer is not None:
+        calls = "calls: call (BLANK call)*" if many and not bare else "calls: call"
+        other = "" if required else " | other"
+        free = f"\nother: {json_rule(answer)}" if answer is not None else "\nother: TEXT\nTEXT: /[^{\\[](.|\\n)*/"
+        return f'start: calls{other}\n{calls}\nBLANK: "\\n"\ncall: {" | ".join(body(tool, begin) for tool in tools)}' + ("" if required else free)
+    rest = " | ".join(body(tool, begin.removeprefix(OPEN)) for tool in tools)
+    return f"start: called{'*' if many else '?'} TEXT\nTEXT: /(.|\\n)*/\nopened[lazy]: TEXT {literal(OPEN)}\ncalled: opened body\nbody: {rest}"

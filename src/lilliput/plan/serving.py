@@ -1,0 +1,101 @@
+"""Where a server's memory goes, before it starts and without torch: weights as they are stored, cache blocks, the work of one step.
+
+    weights   bits a weight of the storage, scales included; a GGUF file as large as it lies on disk
+    cache     as many tokens as the engine takes by itself: four contexts, at most a quarter of the free memory
+    a step    activations of one block for a full step, an upper bound
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lilliput.base.facts import Facts
+from lilliput.base.show import size
+from lilliput.models.facts import facts
+from lilliput.serve.blocks import BLOCK, blocks_for
+
+if TYPE_CHECKING:
+    from lilliput.base.job import Serve
+    from lilliput.models.spec import DecoderSpec
+
+WEIGHT_BITS = {"fp32": 32.0, "fp16": 16.0, "w8": 8.05, "q4": 4.25, "nf4": 4.25, "fp8": 8.05}  # scales of groups of 64 or of rows
+KV_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
+HALF_EMBEDDING = ("nf4", "fp8")  # the embedding stays fp16
+STEP_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a server on a device with `free` bytes. `stored`: how the weights lie."""
+
+    weights: int
+    stored: str
+    parameters: int
+    blocks: int
+    block_bytes: int
+    context: int
+    step: int
+    free: int
+
+    @property
+    def kv(self) -> int:
+        """Bytes of the cache."""
+        return self.blocks * self.block_bytes
+
+    @property
+    def total(self) -> int:
+        """Bytes of all."""
+        return self.weights + self.kv + self.step
+
+    @property
+    def fits(self) -> bool:
+        """Whether all of it is free now."""
+        return self.total <= self.free
+
+    def rows(self) -> Iterator[tuple[str, int, str]]:
+        """(part, bytes, in words)."""
+        yield "weights", self.weights, f"{self.parameters:,} parameters as {self.stored}"
+        tokens = self.blocks * BLOCK
+        shared = f"{tokens / self.context:.1f} contexts of {self.context:,}"
+        yield "cache", self.kv, f"{self.blocks:,} blocks of {BLOCK} tokens, {size(self.block_bytes)} each: {tokens:,} tokens, {shared}"
+        yield "a step", self.step, f"{STEP_TOKENS} tokens at most"
+        yield "together", self.total, f"{size(self.free)} are free"
+
+    def document(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "weights": self.weights, "stored": self.stored, "parameters": self.parameters, "kv": self.kv, "blocks": self.blocks, "block_tokens": BLOCK,
+            "block_bytes": self.block_bytes, "kv_tokens": self.blocks * BLOCK, "context": self.context, "step": self.step, "total": self.total,
+            "free": self.free, "fits": self.fits,
+        }  # fmt: skip
+
+
+def memory_plan(spec: DecoderSpec, path: Path | None, serve: Serve, runner: str, free: int) -> MemoryPlan:
+    """The plan of a model (`path`: its file or folder, None for a bare size) run as the section `serve` says, with `free` bytes."""
+    about = facts(spec)
+    weights, stored = _weights(about, spec, path, serve.weights if runner == "native" else "fp32")
+    token = kv_token_bytes(spec, serve.kv if runner == "native" else "fp32")
+    assert about.kv is not None and about.activations is not None, "a decoder states its cache and its activations"
+    tokens = max(BLOCK, min(4 * spec.context, free // 4 // about.kv.bytes_per_token(4)))
+    rows = min(STEP_TOKENS, tokens)
+    step = sum(a.size for a in about.activations(1, rows, 4) if a.per == "block" and a.saved) + 4 * spec.vocab * 16
+    return MemoryPlan(weights, stored, about.parameters, blocks_for(tokens), token * BLOCK, spec.context, step, free)
+
+
+def kv_token_bytes(spec: DecoderSpec, codec: str) -> int:
+    """Bytes of one token's keys and values over all layers; int8 and int4 have a scale and a minimum a head."""
+    head = spec.head_dim * KV_BITS[codec] // 8 + (4 if codec in ("int8", "int4") else 0)
+    return 2 * spec.layers * spec.kv_heads * head
+
+
+def _weights(about: Facts, spec: DecoderSpec, path: Path | None, weights: str) -> tuple[int, str]:
+    if weights == "file" and path is not None and path.suffix == ".gguf":
+        return path.stat().st_size, "the file's own blocks"
+    kind = "fp32" if weights == "file" else weights
+    embedding = spec.vocab * (spec.embed_dim or spec.dim)
+    if kind in HALF_EMBEDDING:
+        return int((about.parameters - embedding) * WEIGHT_BITS[kind] / 8) + 2 * embedding, f"{kind}, embedding fp16"
+    return int(about.parameters * WEIGHT_BITS[kind] / 8), kind

@@ -1,0 +1,146 @@
+"""`lilliput serve`: the memory plan, the settings, refusals; then the whole command: ready, drained by SIGTERM, killed and begun again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("fastapi", reason="needs the extra `serve`")
+
+from http_server import longer
+
+from lilliput.base.job import Job
+from lilliput.cli.main import application
+
+RUN = CliRunner()
+
+
+def invoke(*words: str) -> tuple[int, str]:
+    result = RUN.invoke(application(), ["serve", *words])
+    return result.exit_code, result.output
+
+
+def test_the_memory_plan_is_what_the_engine_takes() -> None:
+    from lilliput import api
+
+    code, text = invoke("lilliput-tiny", "--dry-run", "--json")
+    plan = json.loads(text[: text.rindex("}") + 1])
+    model = api.load("lilliput-tiny", runner="eager")
+    assert code == 0 and plan["blocks"] == model.engine.pool.total and plan["fits"] is True
+    assert plan["weights"] == 4 * sum(p.numel() for p in model.module.parameters())
+    assert plan["total"] == plan["weights"] + plan["kv"] + plan["step"] and plan["kv"] == plan["blocks"] * plan["block_bytes"]
+
+
+@pytest.mark.parametrize(("weights", "kv"), [("fp32", "fp32"), ("fp16", "fp16"), ("w8", "int8"), ("q4", "int4"), ("nf4", "fp16"), ("fp8", "fp16")])
+def test_planned_bytes_are_those_of_the_native_runner(weights: str, kv: str, smollm2: Path) -> None:
+    from lilliput.models.load import load_to_serve, native_refusal, resolve_spec
+    from lilliput.ops.paged import KvStore
+    from lilliput.plan.serving import memory_plan
+
+    spec, path = resolve_spec("smollm2-135m", fetch=False)
+    if refusal := native_refusal(spec, "cpu"):
+        pytest.skip(refusal)
+    serve = Job.load(serve={"weights": weights, "kv": kv}).serve
+    plan = memory_plan(spec, path, serve, "native", 8 << 30)
+    store = KvStore(layers=spec.layers, blocks=1, kv_heads=spec.kv_heads, head_dim=spec.head_dim, codec=kv, block=16)
+    assert plan.block_bytes == 16 * store.bytes_per_token
+    if weights == "q4":  # one storage is packed for real: the others are the same arithmetic
+        model, _, _ = load_to_serve("smollm2-135m", serve, "cpu")
+        assert abs(plan.weights / model.bytes - 1) < 0.03
+
+
+def test_show_config_says_where_values_come_from() -> None:
+    code, text = invoke("lilliput-tiny", "http.port=9999", "--show-config", "--json")
+    settings = json.loads(text[text.index("{") :])
+    assert code == 0 and settings["http.port"] == {"value": 9999, "source": "flag"} and settings["http.host"]["value"] == "127.0.0.1"
+
+
+def test_refusals_come_before_the_weights() -> None:
+    code, text = invoke("lilliput-tiny", "http.host=0.0.0.0")
+    assert code == 2 and "no key is set" in text and "LILLIPUT_API_KEY" in text
+    assert invoke("lilliput-tiny", "http.prt=1")[0] == 2
+    assert invoke("one", "two")[0] == 2
+
+
+# ---- the whole command
+
+
+class Process:
+    """`lilliput serve` as a process of its own."""
+
+    def __init__(self, folder: Path, *overrides: str, port: int = 0) -> None:
+        command = [sys.executable, "-m", "lilliput", "serve", str(folder), f"http.port={port}", "threads=1", "--json", *overrides]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        document = ""
+        while not document.endswith("\n}\n"):
+            line = self.process.stdout.readline()
+            assert line, self.process.stderr.read()
+            document += line
+        self.url = json.loads(document)["url"]
+        self.port = int(self.url.rpartition(":")[2])
+
+    def complete(self, tokens: int, stream: bool = False):
+        body = {"prompt": "To be", "max_tokens": tokens, "stream": stream, "ignore_eos": True, "temperature": 0}
+        request = urllib.request.Request(self.url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        return urllib.request.urlopen(request, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return longer(tmp_path_factory.mktemp("serve") / "tiny")
+
+
+def test_sigterm_lets_the_open_stream_end_and_exits_with_0(folder: Path) -> None:
+    server = Process(folder)
+    stream = server.complete(400, stream=True)
+    first = stream.readline()
+    server.process.send_signal(signal.SIGTERM)
+    events = [line for line in (first + stream.read()).decode().splitlines() if line.startswith("data: ")]
+    ended = time.monotonic()
+    assert events[-1] == "data: [DONE]" and json.loads(events[-2][6:])["choices"][0]["finish_reason"] == "length"
+    assert server.process.wait(20) == 0
+    assert time.monotonic() - ended < 10
+    assert server.process.stderr.read().count("Traceback") == 0
+    with pytest.raises(urllib.error.URLError):
+        server.complete(1)
+
+
+def test_a_stream_that_outlives_the_drain_is_told(folder: Path) -> None:
+    server = Process(folder, "http.drain=0.3")
+    stream = server.complete(2000, stream=True)
+    first = stream.readline()
+    server.process.send_signal(signal.SIGTERM)
+    text = (first + stream.read()).decode()
+    assert text.rstrip().endswith("data: [DONE]")
+    assert '"the server is stopping"' in text or '"finish_reason":"length"' in text
+    assert server.process.wait(20) == 0
+
+
+def test_killed_and_begun_again_on_the_same_port(folder: Path) -> None:
+    server = Process(folder)
+    stream = server.complete(1500, stream=True)
+    stream.readline()
+    server.process.kill()
+    assert server.process.wait(20) == -signal.SIGKILL
+    again = Process(folder, port=server.port)
+    assert json.loads(again.complete(4).read())["usage"]["completion_tokens"] == 4
+    again.process.send_signal(signal.SIGINT)
+    assert again.process.wait(20) == 0
+
+
+def test_a_port_that_is_taken_is_said(folder: Path) -> None:
+    server = Process(folder)
+    code, text = invoke(str(folder), f"http.port={server.port}")
+    assert code == 2 and "cannot listen" in text and "http.port=0" in text
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(20) == 0
