@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import torch
 
 from lilliput.data.tokenizer import Tokenizer
 from lilliput.models.decoder import Decoder
+from lilliput.models.families import from_canonical, hf_from_spec
 from lilliput.models.spec import DecoderSpec, Rope
 from lilliput.serve.engine import Engine
 from lilliput.serve.request import Sampling
-from lilliput.serve.scheduler import Chunk
+from lilliput.serve.scheduler import Chunk, Moves
 
 LAYERNORM = dict(norm="layer", positions="learned", qkv_bias=True, o_bias=True, mlp_bias=True, tied=True)
 SPECS = {
@@ -21,6 +23,8 @@ SPECS = {
     "qwen3": DecoderSpec("qwen3", 259, 48, 2, 4, 2, 16, 96, 128, qk_norm=True, norm_eps=1e-6),
     "mistral": DecoderSpec("mistral", 259, 48, 2, 4, 2, 12, 96, 128, window=10),
 }
+FAMILIES = tuple(SPECS)
+SPECS["wide"] = DecoderSpec("llama", 259, 64, 2, 4, 2, 16, 96, 128)  # widths that 4-bit groups divide
 GREEDY = Sampling(max_tokens=24, ignore_eos=True)
 
 
@@ -43,10 +47,29 @@ def engine_of(model: Decoder, **settings: object) -> Engine:
     return Engine(model, Tokenizer.bytes_(), **({"kv_tokens": 1024} | settings))  # type: ignore[arg-type]
 
 
+def oracle(model: Decoder, prompts: list[list[int]], new: int, penalty: float = 1.0) -> list[list[int]]:
+    """transformers' greedy generate on the same weights, one prompt at a time."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = hf_from_spec(model.spec)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="eager").eval()
+    state = dict(from_canonical(model.spec, model.get_parameter))
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    theirs.tie_weights()
+    how = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, repetition_penalty=penalty)
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        return [theirs.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), generation_config=how)[0, len(p) :].tolist() for p in prompts]
+
+
 class Dice:
     """A runner without a model: logits that depend on the sequence and the position alone."""
 
-    def forward(self, sequences: list[tuple[Chunk, list[int]]]) -> torch.Tensor:
-        wanted = [(chunk.id, position) for chunk, _ in sequences for position in range(chunk.stop - chunk.wants, chunk.stop)]
+    def forward(self, chunks: list[Chunk]) -> torch.Tensor:
+        wanted = [(chunk.id, position) for chunk in chunks for position in range(chunk.stop - chunk.wants, chunk.stop)]
         rows = [torch.randn(259, generator=torch.Generator().manual_seed(1000 * id + position + 1)) for id, position in wanted]
         return torch.stack(rows) if rows else torch.empty(0, 259)
+
+    def move(self, moves: Moves) -> None:
+        """It has no cache."""

@@ -127,13 +127,13 @@ class Gate(Dice):
     def __init__(self) -> None:
         self.open, self.breaks, self.entered = threading.Event(), False, threading.Event()
 
-    def forward(self, sequences: list) -> torch.Tensor:
+    def forward(self, chunks: list) -> torch.Tensor:
         self.entered.set()
         assert self.open.wait(20), "the test never opened the gate"
         if self.breaks:
             self.breaks = False
             raise RuntimeError("a cosmic ray")
-        return super().forward(sequences)
+        return super().forward(chunks)
 
 
 def test_a_cancelled_request_has_no_blocks_after_the_step_it_was_in() -> None:

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import random
-import warnings
 
 import pytest
 import torch
-from served import GREEDY, SPECS, Dice, engine_of, model_of, prompts_of
+from served import FAMILIES, GREEDY, Dice, engine_of, model_of, oracle, prompts_of
 
 from lilliput.base.errors import DoesNotFit, UserError
 from lilliput.data.tokenizer import Tokenizer
-from lilliput.models.decoder import Decoder
-from lilliput.models.families import from_canonical, hf_from_spec
+from lilliput.serve.blocks import Table
 from lilliput.serve.engine import Engine
-from lilliput.serve.request import Sampling
-
-
-def oracle(model: Decoder, prompts: list[list[int]], new: int, penalty: float = 1.0) -> list[list[int]]:
-    """transformers' greedy generate on the same weights, one prompt at a time."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    config = hf_from_spec(model.spec)
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="eager").eval()
-    state = dict(from_canonical(model.spec, model.get_parameter))
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}
-    theirs.tie_weights()
-    how = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, repetition_penalty=penalty)
-    with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")
-        return [theirs.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), generation_config=how)[0, len(p) :].tolist() for p in prompts]
+from lilliput.serve.request import Delta, Sampling
 
 
 def finish(engine: Engine) -> dict[int, list[int]]:
@@ -42,7 +24,7 @@ def finish(engine: Engine) -> dict[int, list[int]]:
     return out
 
 
-@pytest.mark.parametrize("family", SPECS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_equal_transformers(family: str) -> None:
     """Alone and in a batch, prompts whole and in chunks of 7."""
     model, prompts = model_of(family), prompts_of(4)
@@ -77,8 +59,11 @@ def test_scattered_blocks_give_the_same_tokens() -> None:
     model, prompts = model_of("llama"), prompts_of(1, seed=5)
     engine = engine_of(model, kv_tokens=16 * 16)
     expected = engine.generate(prompts, GREEDY)
-    table = engine.pool.alloc(16)
-    engine.pool.free(table[::2])  # only every second block is free
+    tables = [Table() for _ in range(16)]
+    for table in tables:
+        engine.pool.grow(table, 16)
+    for table in tables[::2]:
+        engine.pool.free(table)  # only every second block is free
     assert engine.generate(prompts, GREEDY)[0].tokens == expected[0].tokens
     assert engine.pool.free_count == 8
 
@@ -118,8 +103,8 @@ def test_cancel_frees_the_blocks_at_once() -> None:
     first, second, waiting = (engine.add(p, Sampling(50, ignore_eos=True)) for p in ([1] * 20, [2] * 5, [3] * 5))
     engine.step()
     free = engine.pool.free_count
-    assert engine.cancel(first) and engine.pool.free_count == free + 5  # 20 + 50 - 1 tokens
-    assert engine.cancel(waiting) and engine.pool.free_count == free + 5
+    assert engine.cancel(first) and engine.pool.free_count == free + 1  # 8 of its tokens were computed
+    assert engine.cancel(waiting) and engine.pool.free_count == free + 1
     assert not engine.cancel(first)
     deltas = engine.step()
     assert [(d.id, d.token, d.finish_reason) for d in deltas[:2]] == [(first, None, "cancelled"), (waiting, None, "cancelled")]
@@ -134,31 +119,38 @@ def test_random_arrivals_streams_and_cancels_leave_no_block(seed: int) -> None:
     draw = random.Random(seed)
     engine = engine_of(model_of("llama"), kv_tokens=320, max_batch_tokens=draw.choice([3, 16, 64]))
     engine.runner = Dice()
-    streams, reasons, added = [], {}, set()
+    streams, reasons, added = [], {}, {}
+
+    def note(deltas: list[Delta]) -> None:
+        for delta in deltas:
+            if delta.finish_reason:
+                reasons.setdefault((delta.id, delta.index), []).append(delta.finish_reason)
+
     for _ in range(400):
         act = draw.choice(["add", "stream", "cancel", "step", "step", "pull", "pull", "close"])
         stop, ignore_eos = draw.choice([(), ("a",), ("bc",)]), draw.random() < 0.5
-        how = Sampling(draw.randrange(1, 30), draw.choice([0.0, 1.0]), seed=draw.randrange(99), stop=stop, ignore_eos=ignore_eos)
+        how = Sampling(draw.randrange(1, 30), draw.choice([0.0, 1.0]), seed=draw.randrange(99), stop=stop, ignore_eos=ignore_eos,
+                       n=draw.choice([1, 1, 3]))  # fmt: skip
         prompt = [draw.randrange(256) for _ in range(draw.randrange(1, 60))]
         if act == "add":
-            added.add(engine.add(prompt, how))
+            added |= {(id, index): how for id in [engine.add(prompt, how)] for index in range(how.n)}
         elif act == "stream":
             streams.append(engine.stream(prompt, how))
         elif act == "cancel" and engine._requests:
             assert engine.cancel(draw.choice(list(engine._requests)))
         elif act == "step":
-            reasons |= {d.id: [*reasons.get(d.id, []), d.finish_reason] for d in engine.step() if d.finish_reason}
+            note(engine.step())
         elif act == "pull" and streams:
             next(draw.choice(streams), None)
         elif act == "close" and streams:
             streams.pop(draw.randrange(len(streams))).close()
-        owned = [block for seq in engine.scheduler.running for block in seq.table]
-        assert len(set(owned)) == len(owned) == engine.pool.total - engine.pool.free_count
+        owned = {block for group in engine.scheduler.running for table in group.tables for block in table.blocks}
+        assert len(owned) == engine.pool.total - engine.pool.free_count
     for stream in streams:
         stream.close()
     while engine.busy:
-        reasons |= {d.id: [*reasons.get(d.id, []), d.finish_reason] for d in engine.step() if d.finish_reason}
-    assert reasons.keys() == added and all(len(r) == 1 for r in reasons.values())
+        note(engine.step())
+    assert reasons.keys() == added.keys() and all(len(r) == 1 for r in reasons.values())
     assert {r for (r,) in reasons.values()} >= {"length", "cancelled"}
     assert engine.pool.free_count == engine.pool.total and not engine._inboxes and not engine._requests
 
@@ -225,10 +217,21 @@ def test_a_request_that_does_not_fit_says_what_would() -> None:
     engine = engine_of(model_of("llama"), kv_tokens=64)
     with pytest.raises(DoesNotFit) as error:
         engine.add([1] * 60, Sampling(50))
-    assert "60 tokens of prompt and 50 of answer need 109 tokens of cache, it has 64" in error.value.why
-    assert error.value.fix == "kv_tokens=112 or max_tokens=4"
-    engine.add([1] * 60, Sampling(4))
+    assert "60 tokens of prompt and 50 of answer need 112 tokens of cache in blocks of 16, it has 64" in error.value.why
+    assert error.value.fix == "kv_tokens=112 or max_tokens=5"
+    engine.add([1] * 60, Sampling(5))
     engine_of(model_of("llama"), kv_tokens=112).add([1] * 60, Sampling(50))
+
+
+def test_many_answers_that_do_not_fit_say_what_would() -> None:
+    engine = engine_of(model_of("llama"), kv_tokens=128, max_batch_tokens=4)
+    with pytest.raises(DoesNotFit, match="too many answers") as error:
+        engine.add([1], Sampling(1, n=5))
+    assert error.value.fix == "max_batch_tokens=5 or n=4"
+    with pytest.raises(DoesNotFit) as error:
+        engine.add([1] * 40, Sampling(60, n=4))
+    assert "4 answers of 60 need 352 tokens" in error.value.why and error.value.fix == "kv_tokens=352 or max_tokens=9"
+    assert len(engine.generate([[1] * 40], Sampling(9, n=4, ignore_eos=True))) == 4
 
 
 def test_a_batch_with_a_bad_prompt_leaves_nothing_behind() -> None:

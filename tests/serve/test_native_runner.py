@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from lilliput.models.decoder import Decoder
 from lilliput.models.native import NativeDecoder
 from lilliput.models.spec import DecoderSpec
 from lilliput.ops import native
-from lilliput.serve.blocks import BlockPool
+from lilliput.serve.blocks import BlockPool, Table
 from lilliput.serve.runners.eager import Eager
 from lilliput.serve.runners.native import Native
 from lilliput.serve.scheduler import Chunk
@@ -29,8 +31,9 @@ def lowered(model: Decoder, weights: str = "fp32") -> NativeDecoder:
     return NativeDecoder(SPEC, lambda name: model.get_parameter(name).detach(), weights=weights)  # type: ignore[arg-type]
 
 
-def chunk(id: int, start: int, stop: int, table: list[int], known: int) -> Chunk:
-    return Chunk(id, start, stop, stop == known, table, int(stop == known))
+def chunk(id: int, start: int, stop: int, table: array, prompt: list[int]) -> Chunk:
+    samples = stop == len(prompt)
+    return Chunk(id, start, stop, samples, table, int(samples), prompt[start:stop])
 
 
 def prompts() -> list[list[int]]:
@@ -38,8 +41,11 @@ def prompts() -> list[list[int]]:
     return [torch.randint(0, 97, (n,), generator=generator).tolist() for n in (40, 1, 17, 300)]
 
 
-def tables(pool: BlockPool) -> list[list[int]]:
-    return [pool.alloc(-(-len(p) // 16) + 1) for p in prompts()]
+def tables(pool: BlockPool) -> list[array]:
+    made = [Table() for _ in prompts()]
+    for table, prompt in zip(made, prompts()):
+        pool.grow(table, len(prompt) + 16)
+    return [table.blocks for table in made]
 
 
 def test_chunks_and_single_tokens_as_the_eager_runner(model: Decoder) -> None:
@@ -48,7 +54,7 @@ def test_chunks_and_single_tokens_as_the_eager_runner(model: Decoder) -> None:
     runners = Eager(model, pool.total), Native(lowered(model), pool.total)
     steps = [[(0, 0, 30), (1, 0, 1)], [(0, 30, 40), (2, 0, 17), (3, 0, 100)], [(3, 100, 300)]]
     for step in steps:
-        batch = [(chunk(i, a, b, places[i], len(prompts()[i])), prompts()[i][a:b]) for i, a, b in step]
+        batch = [chunk(i, a, b, places[i], prompts()[i]) for i, a, b in step]
         eager, ours = (runner.forward(batch) for runner in runners)
         torch.testing.assert_close(ours, eager, atol=2e-4, rtol=1e-4)
 
@@ -58,15 +64,15 @@ def test_bit_equal_alone_in_a_crowd_and_in_chunks(model: Decoder, weights: str, 
     pool = BlockPool(40)
     places, texts = tables(pool), prompts()
     runner = Native(lowered(model, weights), pool.total, kv)
-    crowd = runner.forward([(chunk(i, 0, len(p), places[i], len(p)), p) for i, p in enumerate(texts)])
+    crowd = runner.forward([chunk(i, 0, len(p), places[i], p) for i, p in enumerate(texts)])
     for i, p in enumerate(texts):
         for cut in {len(p), min(len(p), 13), max(1, len(p) - 1)}:
             for start in range(0, len(p), cut):
                 stop = min(start + cut, len(p))
-                alone = runner.forward([(chunk(i, start, stop, places[i], len(p)), p[start:stop])])
+                alone = runner.forward([chunk(i, start, stop, places[i], p)])
             assert torch.equal(alone[0], crowd[i]), f"prompt of {len(p)} in chunks of {cut}"
 
 
 def test_a_step_without_samples_gives_no_logits(model: Decoder) -> None:
     runner = Native(lowered(model), 8)
-    assert runner.forward([(Chunk(0, 0, 5, False, [0], 0), [1, 2, 3, 4, 5])]).shape == (0, 97)
+    assert runner.forward([Chunk(0, 0, 5, False, array("i", [0]), 0, [1, 2, 3, 4, 5])]).shape == (0, 97)

@@ -193,9 +193,9 @@ def test_a_broken_guide_ends_only_its_own_answer(model: Decoder, breaks: str, wo
 
 def test_logits_that_are_not_finite_end_only_their_own_answer(model: Decoder) -> None:
     class Broken(Dice):
-        def forward(self, sequences: list) -> torch.Tensor:
-            logits = super().forward(sequences)
-            logits[[chunk.id for chunk, _ in sequences].index(1), 3] = float("nan")
+        def forward(self, chunks: list) -> torch.Tensor:
+            logits = super().forward(chunks)
+            logits[[chunk.id for chunk in chunks].index(1), 3] = float("nan")
             return logits
 
     engine = engine_of(model)

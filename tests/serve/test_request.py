@@ -96,13 +96,6 @@ def test_a_stop_id_ends_the_answer_and_is_named() -> None:
     assert [request.append(ord(c), 0.0).stop_reason for c in "abc."] == [None, None, None, "bc"]
 
 
-def test_known_tokens_span_prompt_and_answer() -> None:
-    request = answer(5)
-    for token in (20, 21):
-        request.append(token, 0.0)
-    assert request.known(0, 2) == [10, 11] and request.known(2, 4) == [12, 20] and request.known(4, 5) == [21]
-
-
 def test_without_a_seed_each_request_has_its_own() -> None:
     first, second = answer(5), answer(5)
     assert first.seed != second.seed

@@ -102,6 +102,10 @@ class KVPolicy(Protocol):
 class Runner(Protocol):
     """Runs the model for the engine: token rows in, logits of the sampled rows out."""
 
-    def forward(self, sequences: Sequence[Any]) -> Tensor:
-        """Logits [rows, vocab] of the last `wants` tokens of each chunk, in their order."""
+    def forward(self, chunks: Sequence[Any]) -> Tensor:
+        """Logits [rows, vocab] of the last `wants` tokens of each chunk (serve.scheduler.Chunk), in their order."""
+        ...
+
+    def move(self, moves: Any) -> None:
+        """Copy the blocks that serve.scheduler.Moves names, before the next forward."""
         ...

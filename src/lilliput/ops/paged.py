@@ -45,6 +45,11 @@ class KvStore:
         """Bytes of one token over all layers, scales included."""
         return (self.numbers.nbytes + (0 if self.scales is None else self.scales.nbytes)) // (self.blocks * self.block)
 
+    def by_block(self) -> list[Tensor]:
+        """Views [blocks, layers, 2, ...] of all that belongs to a block."""
+        areas = [self.numbers] if self.scales is None else [self.numbers, self.scales.flatten(2)]
+        return [area.unflatten(2, (self.blocks, -1)).movedim(2, 0) for area in areas]
+
     def layer(self, index: int) -> Any:
         """The extension's view of one layer; valid while this object lives."""
         scales = (0, 0) if self.scales is None else (self.scales[index, 0].data_ptr(), self.scales[index, 1].data_ptr())

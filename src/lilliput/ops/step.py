@@ -44,6 +44,7 @@ class StepPlan:
         assert native.module() is not None, "ask native.missing() before building a plan"
         self.dim, self.vocab, self.kv_heads, self.layers = dim, vocab, kv_heads, 0
         self._held: list[Any] = []  # what the native plan points to
+        self.store: KvStore | None = None
         self._native = native.module().Plan(dim, heads, kv_heads, head_dim, ffn, vocab, wide, ACTS.index(act), scale)
         self.handle = id(self)
         _plans[self.handle] = self
@@ -88,7 +89,7 @@ class StepPlan:
 
     def cache(self, store: KvStore) -> None:
         """Where keys and values lie; another store may take its place between steps."""
-        self._store = store
+        self.store = store
         for layer in range(self.layers):
             self._native.cache(layer, store.layer(layer))
 

@@ -71,6 +71,7 @@ class Request:
     answers: list[Answer] = field(default_factory=list)
     scored: list[Scored | None] | None = None  # of the prompt, where asked for
     cached: int = 0  # tokens of the prompt that were in the cache already
+    unborn: list[Answer] = field(default_factory=list)  # those that begin when the prompt has been computed
     kept: dict[int, list[Delta]] = field(default_factory=dict)  # index -> deltas, while best_of has not chosen
 
     def __post_init__(self) -> None:
@@ -108,13 +109,6 @@ class Answer:
         self._guide: Guide | None = None  # made when the first token is drawn
         self._words, self._stops, self._started = request.words(), StopText(how.stop), False
         self._seen: dict[int, int] = dict.fromkeys(request.prompt, 0) if request.penalised else {}  # id -> times in the answer
-
-    def known(self, start: int, stop: int) -> list[int]:
-        """Ids of the tokens start..stop-1 of prompt and answer."""
-        prompt, at = self.request.prompt, len(self.request.prompt)
-        if start >= at:
-            return self.tokens[start - at : stop - at]
-        return prompt[start:stop] + self.tokens[: max(stop - at, 0)]
 
     def draw(self, position: int, vocab: int) -> ops.Draw:
         """How the token at a position is drawn: the random number is of (seed, position). Raises what the guide raises."""

@@ -13,12 +13,14 @@ for bit, on the eager one up to the rounding of its matrix products (about 1e-5 
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
 from lilliput.base import hardware, registry
 from lilliput.base.errors import DoesNotFit, UserError
@@ -28,10 +30,11 @@ from lilliput.models.native import NativeDecoder
 from lilliput.ops import sampling as ops
 from lilliput.serve.answer import Answer, Request, bad_word_ids, score_prompt
 from lilliput.serve.blocks import BLOCK, BlockPool, blocks_for
+from lilliput.serve.costs import Costs
 from lilliput.serve.request import Completion, Delta, FinishReason, Sampling, collect
 from lilliput.serve.runners.eager import Eager
 from lilliput.serve.runners.native import Native
-from lilliput.serve.scheduler import Chunk, Scheduler
+from lilliput.serve.scheduler import Chunk, Moves, Scheduler
 from lilliput.serve.stats import Counts, Stats
 
 if TYPE_CHECKING:
@@ -52,19 +55,31 @@ class Engine:
         max_batch_tokens: int = 512,
         policy: str = registry.names("kv_policy")[0],
         kv: str = "fp32",
+        sharing: bool = True,
+        preemption: Literal["auto", "swap", "recompute"] = "auto",
+        swap_tokens: int = 0,
+        scheduling: Literal["fcfs", "priority"] = "fcfs",
+        batching: Literal["continuous", "static"] = "continuous",
+        reserve: int = 0,
     ) -> None:
         """`kv_tokens`: tokens of cache over all requests (None: four full contexts, or what a quarter of the free memory holds).
-        `max_batch_tokens`: tokens of one step. `policy`: a registered cache policy. `kv`: how a native model's cache is stored."""
+        `max_batch_tokens`: tokens of one step, and sequences that run at once. `policy`: a registered cache policy. `kv`: how a native
+        model's cache is stored. `sharing`: prompts with the same beginning compute it once. `preemption`, `swap_tokens` (0 = none, so that
+        preempted answers are computed again), `batching`, `reserve`: serve/scheduler.py."""
         self.model, self.tokenizer = model, tokenizer
-        self.context = model.facts.context
+        self.context, self.priorities = model.facts.context, scheduling == "priority"
         wanted = _affordable(model) if kv_tokens is None else kv_tokens
         for name, value in (("kv_tokens", wanted), ("max_batch_tokens", max_batch_tokens)):
             if value < 1:
                 raise UserError(f"{name}={value} leaves no room for a token", fix=f"{name}=512")
+        if preemption == "swap" and swap_tokens < BLOCK:
+            raise UserError("preemption=swap has no swap space", f"swap_tokens={swap_tokens}, a block holds {BLOCK}", f"swap_tokens={wanted}")
         self.policy = registry.find("kv_policy", policy)()
-        self.pool = BlockPool(blocks_for(wanted))
-        self.scheduler = Scheduler(self.pool, max_batch_tokens)
-        self.runner: Runner = Native(model, self.pool.total, kv) if isinstance(model, NativeDecoder) else Eager(model, self.pool.total)
+        self.pool = BlockPool(blocks_for(wanted), sharing=sharing and not self.policy.evicts, swap=swap_tokens // BLOCK)
+        blocks, swap = self.pool.total, self.pool.swap_total
+        self.runner: Runner = Native(model, blocks, kv, swap) if isinstance(model, NativeDecoder) else Eager(model, blocks, swap)
+        self.costs = Costs(self.pool, self.runner, preemption)
+        self.scheduler = Scheduler(self.pool, max_batch_tokens, choose=self.costs.choose, batching=batching, reserve=reserve)
         self.counts = Counts()
         self._eos = frozenset((*tokenizer.eos_ids, *model.spec.eos_ids))
         self._requests: dict[int, Request] = {}
@@ -98,24 +113,20 @@ class Engine:
             why = f"{len(prompt):,} tokens of prompt, {self.context:,} tokens of context, and the answer needs at least one"
             raise UserError("the prompt is longer than the model's context", why, f"shorten the prompt by {len(prompt) - self.context + 1:,} tokens or more")
         limit = min(how.max_tokens, self.context - len(prompt))
-        reserve = self.policy.budget(len(prompt), limit)
-        if blocks_for(reserve) > self.pool.total:
-            why = f"{len(prompt):,} tokens of prompt and {limit:,} of answer need {reserve:,} tokens of cache, it has {self.kv_tokens:,}"
-            room = self.kv_tokens - len(prompt)
-            fix = f"kv_tokens={blocks_for(reserve) * BLOCK}" + (f" or max_tokens={room}" if room > 0 else "")
-            raise DoesNotFit("the request does not fit into the cache", why, fix)
+        self._check_room(len(prompt), limit, how.width)
         bad = bad_word_ids(how.bad_words, self.tokenizer)
         return Request(next(self._ids), prompt, how, limit, self._eos, lambda: self.tokenizer.stream(prompt), bad)
 
     def submit(self, request: Request) -> int:
         """Queue a request; its id."""
+        how, prompt = request.sampling, request.prompt
         self._requests[request.id] = request
-        for index in range(request.sampling.width):
-            answer = Answer(next(self._sequences), request, index)
-            request.answers.append(answer)
-            self._answers[answer.id] = answer
-            reserve = self.policy.budget(len(request.prompt), request.limit)
-            self.scheduler.add(answer.id, len(request.prompt), reserve, scores=request.scored is not None)
+        request.answers = [Answer(next(self._sequences), request, index) for index in range(how.width)]
+        self._answers |= {answer.id: answer for answer in request.answers}
+        request.unborn = request.answers[1:]
+        most = self.scheduler.most(len(prompt), self.policy.budget(len(prompt), request.limit), how.width)
+        self.scheduler.add(request.id, request.answers[0].id, list(prompt), most, width=how.width, priority=how.priority if self.priorities else 0,
+                           scores=request.scored is not None, shares=not self.policy.evicts)  # fmt: skip
         return request.id
 
     def add(self, prompt_ids: Sequence[int], sampling: Sampling | None = None) -> int:
@@ -128,26 +139,34 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Schedule, forward, sample, commit; what became known, except for requests that stream() or generate() drives."""
+        start = time.perf_counter()
+        self._move()  # what a step that broke off has left
         chunks = self.scheduler.schedule()
+        self._move()
         deltas: list[Delta] = []
         if chunks:
-            start = time.perf_counter()
-            logits_NV = self.runner.forward([(chunk, self._answers[chunk.id].known(chunk.start, chunk.stop)) for chunk in chunks])
+            logits_NV = self.runner.forward(chunks)
             choices = self._sample(chunks, logits_NV)
             for chunk in chunks:
-                self._commit(chunk, choices.get(chunk.id), deltas)
-            self.counts.step(chunks, time.perf_counter() - start)
+                self._commit(chunk, choices, deltas)
+            seconds = time.perf_counter() - start
+            self.counts.step(chunks, seconds)
+            self.costs.step(sum(chunk.stop - chunk.start for chunk in chunks), seconds)
         deltas, self._notes = self._notes + deltas, []
         return deltas
 
     def stats(self) -> Stats:
         """What the engine holds and has done, now."""
         scheduler, pool = self.scheduler, self.pool
-        return self.counts.snapshot(len(scheduler.running), len(scheduler.waiting), pool.total - pool.free_count, pool.total)
+        running = sum(len(group.seqs) for group in scheduler.running)
+        waiting = sum(len(group.seqs) for queue in (scheduler.waiting, scheduler.swapped) for group in queue)
+        counts = replace(self.counts, prefix_queries=scheduler.queries, prefix_hits=scheduler.hits, preempted_swap=scheduler.preempted["swap"],
+                         preempted_recompute=scheduler.preempted["recompute"])  # fmt: skip
+        return counts.snapshot(running, waiting, pool.total - pool.free_count, pool.total)
 
     def fail(self, message: str) -> None:
         """End every running request with an error: the step they shared broke off. All requests, when none runs."""
-        for id in {self._answers[seq.id].request.id for seq in self.scheduler.running} or list(self._requests):
+        for id in [group.id for group in self.scheduler.running] or list(self._requests):
             self._break(id, "error", message)
 
     def stream(self, prompt_ids: Sequence[int], sampling: Sampling | None = None) -> Iterator[Delta]:
@@ -178,50 +197,80 @@ class Engine:
             for id in ids:
                 self._close(id)
 
+    def _check_room(self, prompt: int, limit: int, width: int) -> None:
+        """DoesNotFit where the request can never run, with what would."""
+        most = lambda prompt, limit: self.scheduler.most(prompt, self.policy.budget(prompt, limit), width)
+        if width > self.scheduler.max_batch_tokens:
+            why = f"{width} answers need a token each in a step, it has {self.scheduler.max_batch_tokens}"
+            raise DoesNotFit("the request has too many answers", why, f"max_batch_tokens={width} or n={self.scheduler.max_batch_tokens}")
+        if most(prompt, limit) <= self.pool.total:
+            return
+        times = f"{width} answers of {limit:,}" if width > 1 else f"{limit:,} of answer"
+        why = f"{prompt:,} tokens of prompt and {times} need {most(prompt, limit) * BLOCK:,} tokens of cache in blocks of {BLOCK}, it has {self.kv_tokens:,}"
+        fits = bisect.bisect_right(range(1, limit), self.pool.total, key=lambda tokens: most(prompt, tokens))
+        raise DoesNotFit("the request does not fit into the cache", why, f"kv_tokens={most(prompt, limit) * BLOCK}" + (f" or max_tokens={fits}" if fits else ""))
+
+    def _move(self) -> None:
+        if self.scheduler.moves:
+            self.runner.move(self.scheduler.moves)
+            self.scheduler.moves = Moves()
+
     def _sample(self, chunks: list[Chunk], logits_NV: Tensor) -> dict[int, ops.Choice | str]:
         """Sequence -> what was chosen, or why nothing could be. Prompt tokens are scored where that is asked for."""
-        rows, draws, sampled, row, vocab, top = [], [], [], 0, logits_NV.shape[1], 0
+        rows, draws, drawn, row, vocab, top = [], [], [], 0, logits_NV.shape[1], 0
         choices: dict[int, ops.Choice | str] = {}
         for chunk in chunks:
-            answer = self._answers[chunk.id]
-            if chunk.wants > 1 or (chunk.wants and not chunk.samples):
-                score_prompt(answer.request, chunk.start, logits_NV[row : row + chunk.wants])
+            first = self._answers[chunk.id]
+            request = first.request
+            if chunk.wants > chunk.samples + chunk.draft:
+                score_prompt(request, chunk.start, logits_NV[row : row + chunk.wants])
             row += chunk.wants
-            if not chunk.samples:
-                continue
-            try:
-                draws.append(answer.draw(chunk.stop, vocab))
-            except Exception as fault:
-                choices[chunk.id] = f"the guide failed: {fault}"
-                continue
-            rows.append(row - 1)
-            sampled.append(chunk)
-            top = max(top, answer.request.sampling.logprobs or 0)
+            for answer in (first, *request.unborn) if chunk.samples else ():
+                try:
+                    draws.append(answer.draw(chunk.stop, vocab))
+                except Exception as fault:  # the guide's own
+                    choices[answer.id] = f"the guide failed: {fault}"
+                    continue
+                rows.append(row - 1)
+                drawn.append(answer.id)
+                top = max(top, request.sampling.logprobs or 0)
         picked = logits_NV if len(rows) == len(logits_NV) else logits_NV[rows]
-        for chunk, choice in zip(sampled, ops.choose_rows(picked, draws, min(top, vocab)) if draws else ()):
+        for id, choice in zip(drawn, ops.choose_rows(picked, draws, min(top, vocab)) if draws else ()):
             if choice.token >= 0:
-                choices[chunk.id] = choice
+                choices[id] = choice
             elif math.isfinite(choice.total):
-                choices[chunk.id] = "no token may come next: guide, biases and bad words forbid all"
+                choices[id] = "no token may come next: guide, biases and bad words forbid all"
             else:
-                choices[chunk.id] = f"the model answers with numbers that are not finite: the logits of token {chunk.stop} sum to {choice.total}"
+                choices[id] = f"the model answers with numbers that are not finite: its logits sum to {choice.total}"
         return choices
 
-    def _commit(self, chunk: Chunk, choice: ops.Choice | str | None, deltas: list[Delta]) -> None:
-        self.scheduler.commit(chunk, sampled=isinstance(choice, ops.Choice))
+    def _commit(self, chunk: Chunk, choices: dict[int, ops.Choice | str], deltas: list[Delta]) -> None:
+        """The chunk is in the cache; what was chosen goes to its answer, and after the prompt to all answers of the request."""
+        choice = choices.get(chunk.id)
+        self.scheduler.commit(chunk, [choice.token] if isinstance(choice, ops.Choice) else ())
         if choice is None:
             return
-        answer = self._answers[chunk.id]
+        first = self._answers[chunk.id]
+        request = first.request
+        if not first.tokens:
+            request.cached = self.scheduler.find(chunk.id).group.cached
+        born, request.unborn = request.unborn, []
+        for answer in born:
+            other = choices[answer.id]
+            self.scheduler.fork(chunk.id, answer.id, other.token if isinstance(other, ops.Choice) else 0)
+        for answer in (first, *born):
+            delta = self._append(answer, choices[answer.id])
+            if delta.finish_reason:
+                self._finish(answer)
+            self._give(delta, deltas)
+
+    def _append(self, answer: Answer, choice: ops.Choice | str) -> Delta:
         if isinstance(choice, str):
-            delta = answer.broken("error", choice)
-        else:
-            try:
-                delta = answer.append(choice.token, choice.logprob, choice.top[: answer.request.sampling.logprobs or 0])
-            except Exception as fault:
-                delta = answer.broken("error", f"the guide failed: {fault}")
-        if delta.finish_reason:
-            self._finish(answer)
-        self._give(delta, deltas)
+            return answer.broken("error", choice)
+        try:
+            return answer.append(choice.token, choice.logprob, choice.top[: answer.request.sampling.logprobs or 0])
+        except Exception as fault:
+            return answer.broken("error", f"the guide failed: {fault}")
 
     def _give(self, delta: Delta, others: list[Delta]) -> None:
         """Hand a delta to whoever reads the request; with best_of, only when all answers have ended, and of the likeliest alone."""
@@ -233,9 +282,13 @@ class Engine:
             self._requests.pop(delta.id, None)
 
     def _finish(self, answer: Answer) -> None:
-        self.scheduler.finish(answer.id)
+        request = answer.request
+        if answer in request.unborn:
+            request.unborn.remove(answer)
+        else:
+            self.scheduler.finish(answer.id)
         del self._answers[answer.id]
-        answer.request.answers.remove(answer)
+        request.answers.remove(answer)
 
     def _break(self, id: int, reason: FinishReason, message: str) -> bool:
         request = self._requests.get(id)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from lilliput.models.decoder import Decoder
 from lilliput.ops.attention import attend
-from lilliput.serve.blocks import BLOCK, consecutive, slots
+from lilliput.serve.blocks import BLOCK, blocks_for, consecutive, slots
+from lilliput.serve.runners.mover import Mover
 from lilliput.serve.scheduler import Chunk
 
 Cached = Callable[[int], tuple[Tensor, ...]]  # layer -> keys and values [1, G, S, D] of one sequence
@@ -29,24 +30,27 @@ Cached = Callable[[int], tuple[Tensor, ...]]  # layer -> keys and values [1, G, 
 class Eager:
     """One model and its cache of `blocks` blocks."""
 
-    def __init__(self, model: Decoder, blocks: int) -> None:
-        """Memory: 2 x layers x kv_heads x head_dim x 16 elements a block, fp32 on CPUs, the model's dtype on CUDA."""
+    def __init__(self, model: Decoder, blocks: int, swap: int = 0) -> None:
+        """Memory: 2 x layers x kv_heads x head_dim x 16 elements a block, fp32 on CPUs, the model's dtype on CUDA; the same for each of the
+        `swap` blocks of swap space, on the host, when the first is used."""
         weight, kv = next(model.parameters()), model.facts.kv
         assert kv is not None, "a decoder states the shape of its keys and values"
         self.model, self.device = model, weight.device
         dtype = weight.dtype if weight.is_cuda else torch.float32
         # empty: a slot is written before it is read, and the system gives the memory at the first write
         self.store_2LGSD = torch.empty(2, kv.layers, kv.kv_heads, blocks * BLOCK, kv.head_dim, dtype=dtype, device=self.device)
+        blocks_2LGBTD = self.store_2LGSD.unflatten(3, (blocks, BLOCK))
+        self.move = Mover([blocks_2LGBTD.movedim(3, 0)], swap).move
 
     @torch.inference_mode()
-    def forward(self, sequences: Sequence[tuple[Chunk, list[int]]]) -> Tensor:
-        """Chunks with the ids of their tokens -> logits fp32 [rows that chunks want, vocab], in order. Writes the new keys and values."""
-        tokens = [token for _, ids in sequences for token in ids]
-        positions = [p for chunk, _ in sequences for p in range(chunk.start, chunk.stop)]
-        new = self._tensor([slot for chunk, _ in sequences for slot in slots(chunk.table, chunk.start, chunk.stop)])
-        rows = [len(ids) for _, ids in sequences]
-        sampled = [row for (chunk, _), end in zip(sequences, accumulate(rows)) for row in range(end - chunk.wants, end)]
-        caches = [self._cached(chunk) for chunk, _ in sequences]
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Logits fp32 [rows that chunks want, vocab], in order. Writes the new keys and values."""
+        tokens = [token for chunk in chunks for token in chunk.ids]
+        positions = [p for chunk in chunks for p in range(chunk.start, chunk.stop)]
+        new = self._tensor([slot for chunk in chunks for slot in slots(chunk.table, chunk.start, chunk.stop)])
+        rows = [len(chunk.ids) for chunk in chunks]
+        sampled = [row for chunk, end in zip(chunks, accumulate(rows)) for row in range(end - chunk.wants, end)]
+        caches = [self._cached(chunk) for chunk in chunks]
 
         def paged(layer: int, q_1HTD: Tensor, k_1GTD: Tensor, v_1GTD: Tensor, window: int | None) -> Tensor:
             self.store_2LGSD[0, layer].index_copy_(1, new, k_1GTD[0])
@@ -59,7 +63,7 @@ class Eager:
 
     def _cached(self, chunk: Chunk) -> Cached:
         """How to read the cache of a sequence up to the chunk's end: views made once a step, or a gather in each layer."""
-        if not consecutive(chunk.table):
+        if not consecutive(chunk.table[: blocks_for(chunk.stop)]):
             at = self._tensor(slots(chunk.table, 0, chunk.stop))
             return lambda layer: self.store_2LGSD[:, layer, None].index_select(3, at).unbind(0)
         first = chunk.table[0] * BLOCK

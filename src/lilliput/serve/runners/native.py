@@ -15,33 +15,38 @@ from torch import Tensor
 from lilliput.models.native import NativeDecoder
 from lilliput.ops.paged import KvStore
 from lilliput.serve.blocks import BLOCK
+from lilliput.serve.runners.mover import Mover
 from lilliput.serve.scheduler import Chunk
 
 
 class Native:
     """A lowered model and its cache of `blocks` blocks, stored as `kv`."""
 
-    def __init__(self, model: NativeDecoder, blocks: int, kv: str = "fp32") -> None:
-        """Memory: see KvStore.bytes_per_token."""
+    def __init__(self, model: NativeDecoder, blocks: int, kv: str = "fp32", swap: int = 0) -> None:
+        """Memory: see KvStore.bytes_per_token; the same for `swap` blocks of swap space when the first is used."""
         spec = model.spec
         self.model = model
         self.store = KvStore(layers=spec.layers, blocks=blocks, kv_heads=spec.kv_heads, head_dim=spec.head_dim, codec=kv, block=BLOCK)
         model.plan.cache(self.store)
+        self.move = Mover(self.store.by_block(), swap).move
 
     @torch.inference_mode()
-    def forward(self, sequences: Sequence[tuple[Chunk, list[int]]]) -> Tensor:
-        """Chunks with the ids of their tokens -> logits fp32 [rows that chunks want, vocab], in order. Writes the new keys and values."""
-        ends = list(accumulate(len(ids) for _, ids in sequences))
-        widest = max(len(chunk.table) for chunk, _ in sequences)
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Logits fp32 [rows that chunks want, vocab], in order. Writes the new keys and values."""
+        if self.model.plan.store is not self.store:  # NativeDecoder.hidden, or another engine, has put its own there
+            self.model.plan.cache(self.store)
+        ends = list(accumulate(chunk.stop - chunk.start for chunk in chunks))
+        widest = 4 * max(len(chunk.table) for chunk in chunks)
+        tables = bytearray().join(chunk.table.tobytes().ljust(widest, b"\0") for chunk in chunks)
         return self.model.step(
-            _int32([token for _, ids in sequences for token in ids]),
-            _int32([position for chunk, _ in sequences for position in range(chunk.start, chunk.stop)]),
+            _int32([token for chunk in chunks for token in chunk.ids]),
+            _int32([position for chunk in chunks for position in range(chunk.start, chunk.stop)]),
             _int32([0, *ends]),
-            _int32([chunk.stop for chunk, _ in sequences]),
-            _int32([[*chunk.table, *[0] * (widest - len(chunk.table))] for chunk, _ in sequences]),
-            _int32([row for (chunk, _), end in zip(sequences, ends) for row in range(end - chunk.wants, end)]),
+            _int32([chunk.stop for chunk in chunks]),
+            torch.frombuffer(tables, dtype=torch.int32).view(len(chunks), -1),
+            _int32([row for chunk, end in zip(chunks, ends) for row in range(end - chunk.wants, end)]),
         )
 
 
-def _int32(numbers: list) -> Tensor:
+def _int32(numbers: list[int]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32)
