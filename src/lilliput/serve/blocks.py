@@ -127,7 +127,7 @@ class BlockPool:
             return
         for at, key in enumerate(self.keys(table, tokens, last)[first:], first):
             block = table.blocks[at]
-            if self._key[block] is None and key not in self._index:
+            if key not in self._index:
                 self._key[block], self._index[key] = key, block
 
     def keys(self, table: Table, tokens: Sequence[int], count: int) -> list[bytes]:
