@@ -208,7 +208,8 @@ class Engine:
         times = f"{width} answers of {limit:,}" if width > 1 else f"{limit:,} of answer"
         why = f"{prompt:,} tokens of prompt and {times} need {most(prompt, limit) * BLOCK:,} tokens of cache in blocks of {BLOCK}, it has {self.kv_tokens:,}"
         fits = bisect.bisect_right(range(1, limit), self.pool.total, key=lambda tokens: most(prompt, tokens))
-        raise DoesNotFit("the request does not fit into the cache", why, f"kv_tokens={most(prompt, limit) * BLOCK}" + (f" or max_tokens={fits}" if fits else ""))
+        fix = f"kv_tokens={most(prompt, limit) * BLOCK}" + (f" or max_tokens={fits}" if fits else "")
+        raise DoesNotFit("the request does not fit into the cache", why, fix)
 
     def _move(self) -> None:
         if self.scheduler.moves:
