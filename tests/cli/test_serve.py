@@ -13,15 +13,13 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
-
-pytest.importorskip("fastapi", reason="needs the extra `serve`")
-
 from http_server import longer
+from typer.testing import CliRunner
 
 from lilliput.base.job import Job
 from lilliput.cli.main import application
 
+pytest.importorskip("fastapi", reason="needs the extra `serve`")
 RUN = CliRunner()
 
 

@@ -9,12 +9,11 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
+from http_server import KEY, Running, running
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 openai = pytest.importorskip("openai", reason="needs OpenAI's client")
 pytest.importorskip("llguidance", reason="needs the extra `structured`")
-
-from http_server import KEY, Running, running  # noqa: E402
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CITY = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"], "additionalProperties": False}

@@ -1,4 +1,4 @@
-"""`lilliput serve`: a model behind OpenAI's API, in one process."""
+"""`lilliput serve`: a model behind OpenAI's API, with a web page, in one process."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 @common.verb
 def serve(
     words: Annotated[list[str] | None, typer.Argument(metavar="MODEL | KEY=VALUE", hidden=True)] = None,
+    no_page: Annotated[bool, typer.Option("--no-page", help="Only the API, no web page.")] = False,
     json: common.Json = False,
     dry_run: common.DryRun = False,
     show_config: common.ShowConfig = False,
 ) -> int:
-    """Serve a model to OpenAI's clients.
+    """Serve a model to OpenAI's clients and to a web page.
 
     POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/embeddings, /tokenize; GET /v1/models, /health, /metrics
-    (Prometheus). Listens on loopback unless http.host says otherwise; keys come from LILLIPUT_API_KEY.
+    (Prometheus), / (chat and a live view). Listens on loopback unless http.host says otherwise; keys come from LILLIPUT_API_KEY.
     http.* holds port, limits and origins, serve.* how the model is run, generate.* what a request that says nothing gets.
     --dry-run prints where the memory goes. SIGTERM lets open answers end. A folder with a BERT encoder serves embeddings alone.
 
@@ -49,7 +50,7 @@ def serve(
         return OK
     if dry_run:
         return present(job, show)
-    run(job, show)
+    run(job, show, page=not no_page)
     return OK
 
 
@@ -82,7 +83,7 @@ def present(job: Job, show: Show) -> int:
     return OK if plan.fits else DOES_NOT_FIT
 
 
-def run(job: Job, show: Show) -> None:
+def run(job: Job, show: Show, page: bool) -> None:
     """Load and serve until a signal comes."""
     http = job.http
     try:
@@ -90,16 +91,17 @@ def run(job: Job, show: Show) -> None:
     except ModuleNotFoundError as error:
         raise UserError("the server needs more packages", f"{error.name} is not installed", "pip install 'lilliput[serve,structured]'") from error
     keys = tuple(dict.fromkeys(key for key in (*([http.api_key] if isinstance(http.api_key, str) else http.api_key), *env.api_keys()) if key))
+    folder = Path(__file__).parent.parent / "web" if page else None
 
     def ready(port: int) -> None:
         host = f"[{http.host}]" if ":" in http.host else http.host
         show.data({"url": f"http://{host}:{port}", "model": made.name})
-        show.line(f"{made.name} on http://{host}:{port}/v1; Ctrl-C ends it")
+        show.line(f"{made.name} on http://{host}:{port}" + ("  (web page there, API under /v1)" if page else "/v1") + "; Ctrl-C ends it")
 
     server.check_address(http, keys)
     made, backend = served(job)
     show.line(backend)
-    server.serve(made, keys, None, ready)
+    server.serve(made, keys, folder, ready)
 
 
 def served(job: Job) -> tuple[Served, str]:
