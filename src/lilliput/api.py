@@ -49,7 +49,7 @@ class LanguageModel:
     module: Decoder | NativeDecoder
     tokenizer: Tokenizer
     backend: str = "eager"  # what runs it, and why
-    kv: str = "fp32"
+    serve: Serve = field(default_factory=lambda: Job.load().serve)
 
     @property
     def spec(self) -> DecoderSpec:
@@ -61,7 +61,9 @@ class LanguageModel:
         """The serving engine, made at the first question (this allocates the cache)."""
         from lilliput.serve.engine import Engine
 
-        return Engine(self.module, self.tokenizer, kv=self.kv)
+        serve = self.serve
+        return Engine(self.module, self.tokenizer, kv=serve.kv, kv_tokens=serve.kv_tokens or None, max_batch_tokens=serve.max_batch_tokens,
+                      sharing=serve.sharing, scheduling=serve.scheduling, preemption=serve.preemption, swap_tokens=serve.swap_tokens)  # fmt: skip
 
     def generate(self, prompt: str, **sampling: Any) -> str:
         """The text that follows the prompt, without a chat template."""
@@ -126,7 +128,7 @@ def load_job(top: Top, serve: Serve) -> LanguageModel:
     count = hardware.cpus() if top.threads == "auto" else top.threads
     torch.set_num_threads(count)
     native.threads(count)
-    return LanguageModel(module, tokenizer, backend, serve.kv)
+    return LanguageModel(module, tokenizer, backend, serve)
 
 
 def pull(name: str) -> Path:

@@ -36,7 +36,19 @@ def test_the_memory_plan_is_what_the_engine_takes() -> None:
     model = api.load("lilliput-tiny", runner="eager")
     assert code == 0 and plan["blocks"] == model.engine.pool.total and plan["fits"] is True
     assert plan["weights"] == 4 * sum(p.numel() for p in model.module.parameters())
-    assert plan["total"] == plan["weights"] + plan["kv"] + plan["step"] and plan["kv"] == plan["blocks"] * plan["block_bytes"]
+    assert plan["total"] == plan["weights"] + plan["kv"] + plan["swap"] + plan["step"] and plan["kv"] == plan["blocks"] * plan["block_bytes"]
+
+
+def test_the_cache_is_as_the_section_says() -> None:
+    from lilliput import api
+
+    keys = dict(kv_tokens=320, max_batch_tokens=40, sharing=False, scheduling="priority", preemption="swap", swap_tokens=160)
+    engine = api.load("lilliput-tiny", **keys).engine  # type: ignore[arg-type]
+    assert (engine.pool.total, engine.pool.swap_total, engine.pool.sharing) == (20, 10, False)
+    assert engine.scheduler.max_batch_tokens == 40 and engine.priorities and engine.costs.way == "swap"
+    code, text = invoke("lilliput-tiny", "--dry-run", "--json", "serve.runner=eager", *(f"serve.{key}={value}".lower() for key, value in keys.items()))
+    plan = json.loads(text[: text.rindex("}") + 1])
+    assert code == 0 and plan["blocks"] == 20 and plan["swap"] == 10 * plan["block_bytes"]
 
 
 @pytest.mark.parametrize(("weights", "kv"), [("fp32", "fp32"), ("fp16", "fp16"), ("w8", "int8"), ("q4", "int4"), ("nf4", "fp16"), ("fp8", "fp16")])

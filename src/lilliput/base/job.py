@@ -96,6 +96,12 @@ class Serve(Section):
         "file", description="how the native runner stores matrices; file = a GGUF's own 4 and 8 bits, else fp32"
     )
     kv: Literal["fp32", "fp16", "int8", "int4"] = Field("fp32", description="how the native runner stores keys and values")
+    kv_tokens: int = Field(0, ge=0, description="tokens of cache over all requests; 0 = four contexts, at most a quarter of the free memory")
+    max_batch_tokens: int = Field(512, ge=1, description="tokens of one step over all requests, and answers that run at once")
+    sharing: bool = Field(True, description="prompts with the same beginning compute it once")
+    scheduling: Literal["fcfs", "priority"] = Field("fcfs", description="which request runs first: in order of arrival, or by its priority")
+    preemption: Literal["auto", "swap", "recompute"] = Field("auto", description="what a request that loses its cache does; auto = what is measured cheaper")
+    swap_tokens: int = Field(0, ge=0, description="tokens of swap space beside the cache; 0 = none, so preempted requests are computed again")
 
 
 class Http(Section):

@@ -77,7 +77,7 @@ Table = tuple[str, list[dict[str, Any]], list[str]]
 def decode(job: Job, rounds: int, show: Show, llama: str = "", vllm: str = "") -> tuple[list[Table], dict[str, Any]]:
     """Tokens a second of every side, and how ours compare."""
     from lilliput.base import hardware
-    from lilliput.base.job import Serve
+    from lilliput.base.job import Job
     from lilliput.loops import bench as loop
     from lilliput.models.load import load_to_serve
     from lilliput.models.native import NativeDecoder
@@ -96,7 +96,7 @@ def decode(job: Job, rounds: int, show: Show, llama: str = "", vllm: str = "") -
         sides: dict[str, Any] = {}
         for name, (model, weights) in names.items():
             kv = "fp32" if weights == "fp32" else cache
-            module, tokenizer, _ = load_to_serve(model, Serve(runner="native", weights=weights, kv=kv), "cpu")  # type: ignore[arg-type]
+            module, tokenizer, _ = load_to_serve(model, Job.load(serve={"runner": "native", "weights": weights, "kv": kv}).serve, "cpu")
             assert isinstance(module, NativeDecoder), "the native runner was asked for"
             sides[name] = loop.Ours(module, tokenizer, kv)
         sides |= workers

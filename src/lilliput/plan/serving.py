@@ -1,7 +1,8 @@
 """Where a server's memory goes, before it starts and without torch: weights as they are stored, cache blocks, the work of one step.
 
     weights   bits a weight of the storage, scales included; a GGUF file as large as it lies on disk
-    cache     as many tokens as the engine takes by itself: four contexts, at most a quarter of the free memory
+    cache     serve.kv_tokens, or as many tokens as the engine takes by itself: four contexts, at most a quarter of the free memory
+    swap      serve.swap_tokens beside it
     a step    activations of one block for a full step, an upper bound
 """
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 WEIGHT_BITS = {"fp32": 32.0, "fp16": 16.0, "w8": 8.05, "q4": 4.25, "nf4": 4.25, "fp8": 8.05}  # scales of groups of 64 or of rows
 KV_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
 HALF_EMBEDDING = ("nf4", "fp8")  # the embedding stays fp16
-STEP_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class MemoryPlan:
     context: int
     step: int
     free: int
+    step_tokens: int = 512
+    swap: int = 0
 
     @property
     def kv(self) -> int:
@@ -48,7 +50,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """Bytes of all."""
-        return self.weights + self.kv + self.step
+        return self.weights + self.kv + self.swap + self.step
 
     @property
     def fits(self) -> bool:
@@ -61,15 +63,17 @@ class MemoryPlan:
         tokens = self.blocks * BLOCK
         shared = f"{tokens / self.context:.1f} contexts of {self.context:,}"
         yield "cache", self.kv, f"{self.blocks:,} blocks of {BLOCK} tokens, {size(self.block_bytes)} each: {tokens:,} tokens, {shared}"
-        yield "a step", self.step, f"{STEP_TOKENS} tokens at most"
+        if self.swap:
+            yield "swap", self.swap, f"{self.swap // self.block_bytes:,} blocks"
+        yield "a step", self.step, f"{self.step_tokens:,} tokens at most"
         yield "together", self.total, f"{size(self.free)} are free"
 
     def document(self) -> dict[str, Any]:
         """For --json."""
         return {
             "weights": self.weights, "stored": self.stored, "parameters": self.parameters, "kv": self.kv, "blocks": self.blocks, "block_tokens": BLOCK,
-            "block_bytes": self.block_bytes, "kv_tokens": self.blocks * BLOCK, "context": self.context, "step": self.step, "total": self.total,
-            "free": self.free, "fits": self.fits,
+            "block_bytes": self.block_bytes, "kv_tokens": self.blocks * BLOCK, "context": self.context, "swap": self.swap, "step": self.step,
+            "total": self.total, "free": self.free, "fits": self.fits,
         }  # fmt: skip
 
 
@@ -79,10 +83,11 @@ def memory_plan(spec: DecoderSpec, path: Path | None, serve: Serve, runner: str,
     weights, stored = _weights(about, spec, path, serve.weights if runner == "native" else "fp32")
     token = kv_token_bytes(spec, serve.kv if runner == "native" else "fp32")
     assert about.kv is not None and about.activations is not None, "a decoder states its cache and its activations"
-    tokens = max(BLOCK, min(4 * spec.context, free // 4 // about.kv.bytes_per_token(4)))
-    rows = min(STEP_TOKENS, tokens)
+    tokens = serve.kv_tokens or max(BLOCK, min(4 * spec.context, free // 4 // about.kv.bytes_per_token(4)))
+    rows = min(serve.max_batch_tokens, tokens)
     step = sum(a.size for a in about.activations(1, rows, 4) if a.per == "block" and a.saved) + 4 * spec.vocab * 16
-    return MemoryPlan(weights, stored, about.parameters, blocks_for(tokens), token * BLOCK, spec.context, step, free)
+    return MemoryPlan(weights, stored, about.parameters, blocks_for(tokens), token * BLOCK, spec.context, step, free, serve.max_batch_tokens,
+                      token * BLOCK * (serve.swap_tokens // BLOCK))  # fmt: skip
 
 
 def kv_token_bytes(spec: DecoderSpec, codec: str) -> int:
