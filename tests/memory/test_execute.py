@@ -16,6 +16,7 @@ from lilliput.memory.execute import Executor
 from lilliput.memory.lower import first_asked, lower
 from lilliput.memory.meter import Meter
 from lilliput.memory.plan import KEEP, RECOMPUTE, Decision
+from lilliput.memory.profile import measure
 from lilliput.memory.simulate import judge, simulate
 from lilliput.memory.stores import FileStore, HostStore
 from lilliput.memory.trace import UNPACK, Trace
@@ -165,3 +166,12 @@ def test_a_file_store_checks_the_disk_first(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no room"):
         FileStore(tmp_path / "pages", {0: 1 << 60})
     assert not (tmp_path / "pages").exists()
+
+
+def test_measured_seconds_are_of_every_operation() -> None:
+    model, step, inputs = mlp(layers=3)
+    trace, _ = traced((model, step, inputs))
+    measure(trace, lambda: step(model, *inputs), repeats=1)
+    assert all(op.seconds > 0 for op in trace.ops if op.name != "detach")
+    kinds = {(op.name, op.reads and trace.storages[op.reads[0]].bytes): op.seconds for op in trace.ops if op.name == "tanh"}
+    assert len(kinds) == 1, "twins share their median"

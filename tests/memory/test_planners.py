@@ -1,0 +1,202 @@
+"""Planners against brute force and against the published shape: square root, logarithm, one forward pass more."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from nets import NETS, lstm, metered, run, same, traced
+from torch import nn
+
+from lilliput.base.errors import DoesNotFit
+from lilliput.base.hardware import detect
+from lilliput.memory.capture import capture
+from lilliput.memory.lower import lower
+from lilliput.memory.planners import chain_dp, chen
+from lilliput.memory.planners.budget import frontier
+from lilliput.memory.planners.chain import Chain, chain
+from lilliput.memory.planners.chain_dp import Costs, solve
+from lilliput.memory.planners.recursive import recursive
+from lilliput.memory.planners.selective import selective
+from lilliput.memory.planners.sqrt import every, segments, sqrt
+from lilliput.memory.profile import estimate, links
+from lilliput.memory.simulate import Simulation, simulate
+from lilliput.memory.stores import HostStore
+
+DEPTHS = (16, 36, 64, 100, 144, 196)
+UNIT = 256 * 16 * 4  # bytes of one activation of the chains below
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.linear(x))
+
+
+def layers(n: int) -> Chain:
+    model = nn.Sequential(*(Layer() for _ in range(n)))
+    trace, _ = capture(model, lambda m, x: m(x).square().mean(), [torch.randn(256, 16)], gradients=True)  # gradients are no activations
+    found = chain(trace)
+    assert len(found) == n, "each layer is a stage, though nobody said where it ends"
+    return found
+
+
+def judged(found: Chain, decisions: dict) -> Simulation:
+    return simulate(lower(found.trace, decisions))
+
+
+def forwards(found: Chain, simulation: Simulation) -> int:
+    """Linear products that ran again."""
+    return sum(count for op, count in simulation.replayed.items() if found.trace.ops[op].name == "addmm")
+
+
+def test_sqrt_and_recursion_have_the_published_shape() -> None:
+    flat, logs = [], {}
+    for n in DEPTHS:
+        found = layers(n)
+        plain, root, each, half = (judged(found, d) for d in ({}, sqrt(found), every(found, 1), recursive(found)))
+        flat.append(root.peak["device"] / UNIT / math.sqrt(n))
+        logs[n] = half.peak["device"] / UNIT
+        k = round(math.sqrt(n))
+        assert plain.peak["device"] > 2 * n * UNIT and each.peak["device"] > n * UNIT, "keeping every boundary is linear too"
+        assert n - 2 * k - 1 <= forwards(found, root) <= n - n // k, "one more forward pass, of all segments but the last"
+        assert forwards(found, half) <= n * math.ceil(math.log2(n)) + n
+        assert max(half.replayed.values()) <= math.ceil(math.log2(n)) + 1
+    middle = (max(flat) + min(flat)) / 2
+    assert max(flat) / middle - 1 <= 0.08, f"peak / sqrt(n): {flat}"
+    assert logs[196] - logs[16] <= math.log2(196 / 16) + 2, f"a doubling costs one boundary more: {logs}"
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_planner_is_executed_to_the_byte_and_to_the_bit(name: str) -> None:
+    torch.manual_seed(0)
+    net = NETS[name]()
+    trace, funcs = traced(net)
+    estimate(trace, detect())
+    found = chain(trace)
+    between = {s for stage in found.stages for s in stage.boundary}
+    plain = run(net)
+    for decisions in (sqrt(found), every(found, 1), recursive(found), selective(trace, but=between), segments(found, [0, 2, 3], until=3)):
+        simulated, meter, outcome = metered(net, lower(trace, decisions), funcs)
+        assert simulated.peak["device"] == meter.peak and same(outcome, plain)
+    for solved in (solve(chain_dp.costs(found, 1e-9), round(simulate(lower(trace, {})).peak["device"] * share)) for share in (0.6, 0.8)):
+        decisions = chain_dp.decisions(found, solved[1]) if solved else {}
+        simulated, meter, outcome = metered(net, lower(trace, decisions), funcs, {"host": HostStore()})
+        assert simulated.peak["device"] == meter.peak and same(outcome, plain)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_ten_budgets_are_never_exceeded_and_never_slower_when_larger(name: str) -> None:
+    torch.manual_seed(0)
+    net = NETS[name]()
+    trace, funcs = traced(net)
+    estimate(trace, detect())
+    options = frontier(trace, links(detect()), ("host",))
+    plain, large = run(net), simulate(lower(trace, {})).peak["device"]
+    small = options.options[0].peak
+    before = math.inf
+    for i in range(10):
+        budget = small + (large - small) * i // 9
+        option = options.pick({"device": budget})
+        assert option.simulation.seconds <= before
+        before = option.simulation.seconds
+        _, meter, outcome = metered(net, lower(trace, option.decisions), funcs, {"host": HostStore()}, {"device": budget})
+        assert meter.peak == option.peak <= budget and same(outcome, plain)
+    with pytest.raises(DoesNotFit, match="no plan fits") as refused:
+        options.pick({"device": small - 1})
+    assert f"{small:,} bytes" in refused.value.why and f"{small}B" in refused.value.fix
+    assert all("host" not in options.pick({"device": b, "host": 0}).simulation.moved for b in (large,))
+
+
+def search(costs: Costs, budget: int) -> float | None:
+    """Least seconds over all states of a chain: what is in hand, saved, kept, paged, and how far the backward pass is."""
+    n = len(costs.saved)
+    heap, best, ticket = [(0.0, 0, (n, 0, frozenset(), frozenset(), frozenset()))], {}, itertools.count(1)
+    held = lambda saved, kept: sum(costs.saved[i] for i in saved) + sum(costs.enters[k] for k in kept)
+    while heap:
+        spent, _, state = heapq.heappop(heap)
+        if state in best:
+            continue
+        best[state] = spent
+        left, hand, saved, kept, paged = state
+        if left == 0:
+            return spent
+        steps = []
+        i = left - 1
+        has_input = lambda i: i == 0 or i in kept or i in paged or i - 1 in saved  # noqa: B023
+        if i in saved and has_input(i) and held(saved, kept) + costs.beside[i] <= budget:
+            fewer = [frozenset(k for k in group if k < i) for group in (kept, paged)]
+            steps.append((costs.backward[i], (i, None, saved - {i}, *fewer)))
+        if hand is None:
+            steps += [(0.0, (left, k, saved, kept, paged)) for k in {0, *kept, *paged, *(j + 1 for j in saved)} if k < left]
+        elif hand < left:
+            after = hand + 1
+            for save, place in itertools.product((False, True), ("drop", "keep", "page")):
+                if (save and (hand in saved or not has_input(hand))) or (after == left and place != "drop"):
+                    continue
+                if (place == "keep" and after in kept) or (place == "page" and (costs.page[after] is None or after in paged)):
+                    continue
+                now = saved | {hand} if save else saved, kept | {after} if place == "keep" else kept, paged | {after} if place == "page" else paged
+                if held(now[0], now[1]) <= budget:
+                    price = costs.forward[hand] + (costs.page[after] or 0 if place == "page" else 0)
+                    steps.append((price, (left, after if after < left else None, *now)))
+        for price, following in steps:
+            heapq.heappush(heap, (spent + price, next(ticket), following))
+    return None
+
+
+def test_the_dynamic_program_equals_a_search_over_all_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    feasible = 0
+    for seed in range(120):
+        draw = random.Random(seed)
+        n = draw.randint(2, 5)
+        saved = [draw.randint(2, 8) for _ in range(n)]
+        beside = [draw.randint(0, 4) for _ in range(n)]
+        forward = [float(draw.randint(1, 5)) for _ in range(n)]
+        costs = Costs(
+            tuple(saved), tuple(draw.randint(1, min(3, saved[max(0, k - 1)])) for k in range(n)), tuple(beside), tuple(forward),
+            tuple(2 * f for f in forward), tuple(draw.choice([None, draw.randint(1, 6)]) for _ in range(n)),
+        )  # fmt: skip
+        budget = draw.randint(max(map(sum, zip(saved, beside, strict=True))), sum(saved) + max(beside))
+        monkeypatch.setattr(chain_dp, "SLOTS", budget)  # one slot a byte: nothing is rounded
+        solved, expected = solve(costs, budget), search(costs, budget)
+        assert (solved[0] if solved else None) == expected, f"seed {seed}"
+        feasible += expected is not None
+    assert feasible > 60
+
+
+def test_chens_planner_against_brute_force() -> None:
+    """Its own estimate (what crosses + the largest segment): at most 1.25 times the best split, better than equal segments."""
+    wins, worst = 0, 0.0
+    for seed in range(200):
+        draw = random.Random(seed)
+        n = draw.randint(4, 12)
+        saved, crossing = [draw.randint(1, 40) for _ in range(n)], [draw.randint(1, 6) for _ in range(n)]
+
+        def cost(starts: tuple[int, ...]) -> int:
+            ends = [*starts[1:], n]  # noqa: B023
+            return sum(crossing[s] for s in starts[1:]) + max(sum(saved[a:b]) for a, b in zip(starts, ends, strict=True))  # noqa: B023
+
+        found = chen.best(saved, crossing)
+        assert cost(found.starts) == found.crossing + found.segment
+        best = min(cost((0, *cuts)) for r in range(n) for cuts in itertools.combinations(range(1, n), r))
+        worst = max(worst, cost(found.starts) / best)
+        k = max(1, round(math.sqrt(n)))
+        wins += cost(found.starts) <= cost(tuple(round(i * n / k) for i in range(k)))
+    assert worst <= 1.25 and wins >= 190, (worst, wins)
+
+
+def test_an_unrolled_lstm_keeps_four_times_less() -> None:
+    net = lstm(layers=2, dim=16, steps=128)
+    trace, _ = traced(net)
+    found = chain(trace)
+    weights = sum(p.nbytes for p in net[0].parameters())
+    plain, root = (simulate(lower(trace, d)).peak["device"] - weights for d in ({}, sqrt(found)))
+    assert plain > 4 * root
