@@ -165,3 +165,12 @@ def test_free_text_becomes_bound_once_a_call_is_opened(many: bool, grammars: Gra
         assert token in allowed(guide), tokenizer.token_bytes(token)
         guide.accept(token)
     assert tokenizer.eos_ids[0] in allowed(guide)
+
+
+@pytest.mark.parametrize("name", ["date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"])
+def test_a_format_is_as_narrow_as_its_standard(name: str, grammars: Grammars, tokenizer: Tokenizer) -> None:
+    schema = {"type": ["string", "null"], "format": name}
+    check, make = validator.validator_for(schema, validate_formats=True), grammars.json_schema(schema)
+    texts = [text for seed in range(40) if (text := walk(make, tokenizer, seed)) is not None]
+    assert sum(text != "null" for text in texts) >= 10
+    assert [text for text in texts if not check.is_valid(json.loads(text))] == []

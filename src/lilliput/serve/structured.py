@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from lilliput.data.tokenizer import Tokenizer
 
+Json = dict[str, Any]
 STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 ENFORCED = frozenset((
     "type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "properties", "additionalProperties", "patternProperties", "required",
@@ -35,6 +36,13 @@ ANNOTATIONS = frozenset((
 ))  # fmt: skip
 MAPS, LISTS = ("properties", "patternProperties", "$defs", "definitions"), ("anyOf", "oneOf", "allOf", "prefixItems")
 SINGLES = ("items", "additionalProperties")
+SINGLE_HYPHENS = {"pattern": "^[^-]+(-[^-]+)*$"}  # `ab--` begins a label of punycode, which would have to decode
+STRICTER: dict[str, list[Json]] = {  # where llguidance's form of a format is wider than the standard: leap seconds at any time, names of any length
+    "time": [{"pattern": "^..:..:[0-5]"}],
+    "date-time": [{"pattern": "^.{10}T..:..:[0-5]"}],
+    "hostname": [{"maxLength": 253}, SINGLE_HYPHENS],
+    "email": [{"pattern": r"^[^@]{1,64}@([^@.]{1,63}\.)*[^@.]{1,63}$", "maxLength": 254}, SINGLE_HYPHENS],
+}
 KEPT = 64  # compiled grammars
 LARGEST = 100_000  # characters of one grammar or schema
 
@@ -161,7 +169,26 @@ def checked(schema: Any) -> str:
     if strange:
         why = f"an answer could break {'it' if len(strange) == 1 else 'them'} unseen; enforced are {', '.join(sorted(ENFORCED))}"
         raise UserError(f"unsupported JSON schema keyword{'s' * (len(strange) > 1)}: {', '.join(strange)}", why, "leave them out of the schema")
-    return json.dumps(schema)
+    return json.dumps(_exact(schema))
+
+
+def _exact(schema: Any) -> Any:
+    """The schema with each format as narrow as its standard."""
+    if not isinstance(schema, Mapping):
+        return schema
+    found = dict(schema)
+    for key in MAPS:
+        if isinstance(found.get(key), Mapping):
+            found[key] = {name: _exact(part) for name, part in found[key].items()}
+    for key in LISTS:
+        if isinstance(found.get(key), list):
+            found[key] = [_exact(part) for part in found[key]]
+    for key in SINGLES:
+        if key in found:
+            found[key] = _exact(found[key])
+    if (stricter := STRICTER.get(str(found.get("format")))) is not None:
+        found["allOf"] = [*found.get("allOf", []), *stricter] if isinstance(found.get("allOf", []), list) else found["allOf"]
+    return found
 
 
 def _keywords(schema: Any, depth: int) -> Iterator[str]:
