@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from http_server import KEY, Running, running
@@ -305,3 +307,14 @@ def test_metrics_equal_what_the_clients_counted(server: Running, client) -> None
     assert grown[f"vllm:time_to_first_token_seconds_count{label}"] == grown[f"vllm:e2e_request_latency_seconds_count{label}"] == 3
     assert grown['vllm:request_success_total{engine="0",finished_reason="length",model_name="tiny"}'] == 4
     assert after[f"vllm:num_requests_running{label}"] == 0 and after[f"vllm:kv_cache_usage_perc{label}"] <= 1
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(server: Running, client) -> None:
+    ask(client, max_tokens=3)
+    raw(server, "/nothing")
+    request = urllib.request.Request(server.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        names = {line.partition("{")[0] for line in answer.read().decode().splitlines() if not line.startswith("#")}
+    dashboard = json.loads((Path(__file__).parents[2] / "docs" / "grafana.json").read_text())
+    asked = {name for panel in dashboard["panels"] for target in panel["targets"] for name in re.findall(r"(?:vllm|lilliput):\w+", target["expr"])}
+    assert len(asked) >= 15 and asked <= names, asked - names
