@@ -115,9 +115,11 @@ def _parts_of_matrices(outputs: int = 3072, inputs: int = 576, share: float = 0.
     for count in (1, 16, 128):
         many = torch.randn(count, inputs)
         work = {"bytes": float(tiles.bytes), "flops": 2.0 * count * tiles.data.numel()}
-        others = {"sparse_bsr": lambda many=many: F.linear(many, blocks), "ours, dense": lambda many=many: packed.linear(many, dense, activations="fp32")}
+        others: dict[str, Callable[[], object]] = {
+            "sparse_bsr": partial(F.linear, many, blocks), "ours, dense": partial(packed.linear, many, dense, activations="fp32")
+        }  # fmt: skip
         yield (f"{100 * tiles.density:.0f} % of the tiles", f"{count} x {inputs} -> {outputs}", work, "bytes" if count == 1 else "flops",
-               lambda many=many: tiles.product(many), lambda many=many: F.linear(many, whole), others)  # fmt: skip
+               partial(tiles.product, many), partial(F.linear, many, whole), others)  # fmt: skip
 
 
 def _rowwise(rows: int = 2048, width: int = 768) -> Iterator[Line]:
