@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lilliput.ops import sampling
 from lilliput.serve import speculative
-from lilliput.serve.drafters import NGram
+from lilliput.serve.drafters.ngram import NGram
 
 TABLE_1 = [(0.6, 2, 1.53, 1.96), (0.7, 3, 1.58, 2.53), (0.8, 2, 1.23, 2.44), (0.8, 5, 1.63, 3.69), (0.9, 2, 1.11, 2.71), (0.9, 10, 1.60, 6.86)]
 
@@ -134,7 +134,7 @@ def by_search(tokens: list[int], gamma: int) -> list[int]:
 def test_prompt_lookup_finds_what_a_search_finds() -> None:
     random.seed(5)
     for id in range(60):
-        drafter, tokens = NGram(), [random.randrange(4) for _ in range(random.randrange(1, 12))]
+        drafter, tokens = NGram("", None), [random.randrange(4) for _ in range(random.randrange(1, 12))]
         for _ in range(20):
             assert drafter.plan(id, tokens, 5) == by_search(tokens, 5), tokens
             tokens += [random.randrange(4) for _ in range(random.randrange(1, 5))]

@@ -19,6 +19,11 @@ ROOMS: dict[str, dict[str, str]] = {
     "kv_policy": {
         "full": "lilliput.serve.policies.full:Full",
     },
+    "drafter": {
+        "ngram": "lilliput.serve.drafters.ngram:NGram",
+        "layers": "lilliput.serve.drafters.by_model:Layers",
+        "model": "lilliput.serve.drafters.by_model:Model",
+    },
 }
 
 

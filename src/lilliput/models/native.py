@@ -58,9 +58,12 @@ class NativeDecoder:
         """Bytes of the packed matrices."""
         return sum(self.stored.values())
 
-    def step(self, tokens_R: Tensor, positions_R: Tensor, cu_q: Tensor, lengths: Tensor, tables: Tensor, sampled_N: Tensor) -> Tensor:
-        """Logits [N, vocab] of the sampled rows; see ops.step.decoder_step. The plan's cache must have been set."""
-        return decoder_step(self.plan, tokens_R, None, positions_R=positions_R, cu_q=cu_q, lengths=lengths, tables=tables, sampled_N=sampled_N)[1]
+    def step(
+        self, tokens_R: Tensor, positions_R: Tensor, cu_q: Tensor, lengths: Tensor, tables: Tensor, sampled_N: Tensor, layers: int | None = None
+    ) -> Tensor:
+        """Logits [N, vocab] of the sampled rows, after the first `layers` layers (None: all); see ops.step.decoder_step. The plan's cache must have been set."""
+        return decoder_step(self.plan, tokens_R, None, positions_R=positions_R, cu_q=cu_q, lengths=lengths, tables=tables, sampled_N=sampled_N,
+                            layers=(0, self.spec.layers if layers is None else layers))[1]  # fmt: skip
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """What `head` reads, [B, T, C]: rows from position 0, each attending to those before it. Runs on a cache of its own."""

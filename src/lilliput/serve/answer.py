@@ -81,6 +81,7 @@ class Request:
         self.scored = None if how.prompt_logprobs is None else [None]
         self.ends = frozenset(how.stop_ids) | (frozenset() if how.ignore_eos else self.eos)
         self.penalised = how.repetition_penalty != 1 or how.presence_penalty != 0 or how.frequency_penalty != 0
+        self.looks_back = bool(self.penalised or self.bad or how.guide or how.min_tokens)  # a draw depends on the tokens before it
         self.changes = bool(self.penalised or how.temperature or how.logit_bias or self.bad or how.guide or how.min_tokens)
 
     def held(self, delta: Delta) -> list[Delta]:

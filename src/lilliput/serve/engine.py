@@ -32,9 +32,9 @@ from lilliput.serve.answer import Answer, Request, bad_word_ids, score_prompt
 from lilliput.serve.blocks import BLOCK, BlockPool, blocks_for
 from lilliput.serve.costs import Costs
 from lilliput.serve.request import Completion, Delta, FinishReason, Sampling, collect
-from lilliput.serve.runners.eager import Eager
-from lilliput.serve.runners.native import Native
-from lilliput.serve.scheduler import Chunk, Moves, Scheduler
+from lilliput.serve.runners import runner_of
+from lilliput.serve.scheduler import Chunk, Moves, Scheduler, Seq
+from lilliput.serve.speculative import Place, Speculation, matched
 from lilliput.serve.stats import Counts, Stats
 
 if TYPE_CHECKING:
@@ -61,11 +61,14 @@ class Engine:
         scheduling: Literal["fcfs", "priority"] = "fcfs",
         batching: Literal["continuous", "static"] = "continuous",
         reserve: int = 0,
+        draft: str | Decoder | NativeDecoder = "",
+        guesses: int = 8,
     ) -> None:
         """`kv_tokens`: tokens of cache over all requests (None: four full contexts, or what a quarter of the free memory holds).
         `max_batch_tokens`: tokens of one step, and sequences that run at once. `policy`: a registered cache policy. `kv`: how a native
         model's cache is stored. `sharing`: prompts with the same beginning compute it once. `preemption`, `swap_tokens` (0 = none, so that
-        preempted answers are computed again), `batching`, `reserve`: serve/scheduler.py."""
+        preempted answers are computed again), `batching`, `reserve`: serve/scheduler.py. `draft`: a drafter ("name:argument", "" = none) or
+        a model that guesses, at most `guesses` tokens a step: serve/speculative.py."""
         self.model, self.tokenizer = model, tokenizer
         self.context, self.priorities = model.facts.context, scheduling == "priority"
         wanted = _affordable(model) if kv_tokens is None else kv_tokens
@@ -77,7 +80,8 @@ class Engine:
         self.policy = registry.find("kv_policy", policy)()
         self.pool = BlockPool(blocks_for(wanted), sharing=sharing and not self.policy.evicts, swap=swap_tokens // BLOCK)
         blocks, swap = self.pool.total, self.pool.swap_total
-        self.runner: Runner = Native(model, blocks, kv, swap) if isinstance(model, NativeDecoder) else Eager(model, blocks, swap)
+        self.runner: Runner = runner_of(model, blocks, kv, swap)
+        self.guesses = Speculation(draft, guesses, Place(model, self.runner, blocks, swap, kv)) if draft else None
         self.costs = Costs(self.pool, self.runner, preemption)
         self.scheduler = Scheduler(self.pool, max_batch_tokens, choose=self.costs.choose, batching=batching, reserve=reserve)
         self.counts = Counts()
@@ -141,16 +145,21 @@ class Engine:
         """Schedule, forward, sample, commit; what became known, except for requests that stream() or generate() drives."""
         start = time.perf_counter()
         self._move()  # what a step that broke off has left
+        if self.guesses:
+            self.guesses.plan(self._answering())
         chunks = self.scheduler.schedule()
         self._move()
         deltas: list[Delta] = []
         if chunks:
+            if self.guesses:
+                self.guesses.fill(chunks, lambda id, position: self._answers[id].draw(position, self.model.facts.vocab))
             logits_NV = self.runner.forward(chunks)
             choices = self._sample(chunks, logits_NV)
-            for chunk in chunks:
-                self._commit(chunk, choices, deltas)
+            new = [self._commit(chunk, choices, deltas) for chunk in chunks]
             seconds = time.perf_counter() - start
-            self.counts.step(chunks, seconds)
+            self.counts.step(chunks, new, seconds)
+            if self.guesses:
+                self.guesses.took(chunks, [count - 1 for count in new], seconds)
             self.costs.step(sum(chunk.stop - chunk.start for chunk in chunks), seconds)
         deltas, self._notes = self._notes + deltas, []
         return deltas
@@ -214,60 +223,93 @@ class Engine:
     def _move(self) -> None:
         if self.scheduler.moves:
             self.runner.move(self.scheduler.moves)
+            if self.guesses:
+                self.guesses.move(self.scheduler.moves)
             self.scheduler.moves = Moves()
 
-    def _sample(self, chunks: list[Chunk], logits_NV: Tensor) -> dict[int, ops.Choice | str]:
-        """Sequence -> what was chosen, or why nothing could be. Prompt tokens are scored where that is asked for."""
-        rows, draws, drawn, row, vocab, top = [], [], [], 0, logits_NV.shape[1], 0
-        choices: dict[int, ops.Choice | str] = {}
+    def _answering(self) -> list[tuple[Seq, int]]:
+        """Sequences that may be guessed for, each with the tokens that it may have after the next."""
+        found = []
+        for group in self.scheduler.running:
+            for seq in group.seqs:
+                answer = self._answers[seq.id]
+                if seq.missing == 1 and not seq.parked and not answer.request.looks_back:
+                    found.append((seq, answer.request.limit - len(answer.tokens) - 1))
+        return found
+
+    def _sample(self, chunks: list[Chunk], logits_NV: Tensor) -> dict[int, list[ops.Choice | str]]:
+        """Sequence -> what was chosen, or why nothing could be: one token, and one more after each guess. Prompt tokens are scored where asked for."""
+        rows: list[int] = []
+        draws, drawn, row, vocab, top = [], [], 0, logits_NV.shape[1], 0
+        choices: dict[int, list[ops.Choice | str]] = {}
         for chunk in chunks:
             first = self._answers[chunk.id]
             request = first.request
             if chunk.wants > chunk.samples + chunk.draft:
                 score_prompt(request, chunk.start, logits_NV[row : row + chunk.wants])
             row += chunk.wants
+            if chunk.draft and self.guesses:
+                how = [first.draw(chunk.stop - chunk.draft + i, vocab) for i in range(chunk.draft + 1)]
+                judged = self.guesses.judge(chunk, how, logits_NV[row - chunk.draft - 1 : row])
+                if judged is not None:
+                    choices[chunk.id] = list(judged)
+                    continue
+                draws += how[:-1]
+                rows += range(row - chunk.draft - 1, row - 1)
+                drawn += [chunk.id] * chunk.draft
             for answer in (first, *request.unborn) if chunk.samples else ():
                 try:
                     draws.append(answer.draw(chunk.stop, vocab))
                 except Exception as fault:  # the guide's own
-                    choices[answer.id] = f"the guide failed: {fault}"
+                    choices[answer.id] = [f"the guide failed: {fault}"]
                     continue
                 rows.append(row - 1)
                 drawn.append(answer.id)
                 top = max(top, request.sampling.logprobs or 0)
         picked = logits_NV if len(rows) == len(logits_NV) else logits_NV[rows]
         for id, choice in zip(drawn, ops.choose_rows(picked, draws, min(top, vocab)) if draws else ()):
+            found = choices.setdefault(id, [])
             if choice.token >= 0:
-                choices[id] = choice
+                found.append(choice)
             elif math.isfinite(choice.total):
-                choices[id] = "no token may come next: guide, biases and bad words forbid all"
+                found.append("no token may come next: guide, biases and bad words forbid all")
             else:
-                choices[id] = f"the model answers with numbers that are not finite: its logits sum to {choice.total}"
+                found.append(f"the model answers with numbers that are not finite: its logits sum to {choice.total}")
         return choices
 
-    def _commit(self, chunk: Chunk, choices: dict[int, ops.Choice | str], deltas: list[Delta]) -> None:
-        """The chunk is in the cache; what was chosen goes to its answer, and after the prompt to all answers of the request."""
-        choice = choices.get(chunk.id)
-        self.scheduler.commit(chunk, [choice.token] if isinstance(choice, ops.Choice) else ())
-        if choice is None:
-            return
+    def _commit(self, chunk: Chunk, choices: dict[int, list[ops.Choice | str]], deltas: list[Delta]) -> int:
+        """The chunk is in the cache. What was chosen goes to its answer: the guesses that it agrees with, and one token more; after the prompt
+        to all answers of the request. How many tokens the sequence has got."""
+        found = choices.get(chunk.id)
+        if found is None:
+            self.scheduler.commit(chunk)
+            return 0
         first = self._answers[chunk.id]
         request = first.request
         if not first.tokens:
             request.cached = self.scheduler.find(chunk.id).group.cached
+        right = matched(chunk.ids[len(chunk.ids) - chunk.draft :], [choice.token if isinstance(choice, ops.Choice) else -1 for choice in found])
+        said: list[Delta] = []
+        for choice in found[: right + 1]:
+            said.append(self._append(first, choice))
+            if said[-1].finish_reason:
+                break
+        self.scheduler.commit(chunk, [delta.token for delta in said if delta.token is not None])
         born, request.unborn = request.unborn, []
         for answer in born:
-            other = choices[answer.id]
+            other = choices[answer.id][0]
             self.scheduler.fork(chunk.id, answer.id, other.token if isinstance(other, ops.Choice) else 0)
-        for answer in (first, *born):
-            delta = self._append(answer, choices[answer.id])
-            if delta.finish_reason:
+        for answer, ones in ((first, said), *((answer, [self._append(answer, choices[answer.id][0])]) for answer in born)):
+            if ones[-1].finish_reason:
                 self._finish(answer)
-            self._give(delta, deltas)
+            for delta in ones:
+                self._give(delta, deltas)
+        return len(said)
 
     def _append(self, answer: Answer, choice: ops.Choice | str) -> Delta:
         if isinstance(choice, str):
             return answer.broken("error", choice)
+        self.counts.generated += 1
         try:
             return answer.append(choice.token, choice.logprob, choice.top[: answer.request.sampling.logprobs or 0])
         except Exception as fault:
@@ -288,6 +330,8 @@ class Engine:
             request.unborn.remove(answer)
         else:
             self.scheduler.finish(answer.id)
+            if self.guesses:
+                self.guesses.forget(answer.id)
         del self._answers[answer.id]
         request.answers.remove(answer)
 

@@ -148,6 +148,8 @@ class Scheduler:
         before = sum(self.preempted.values())
         self._make_way()
         shares, budget = self._shares()
+        if self._drop_drafts(shares):
+            shares, budget = self._shares()
         chunks: list[Chunk] = []
         at = 0
         while at < len(self.running):
@@ -223,6 +225,16 @@ class Scheduler:
                 shares[seq.id] = count
                 budget -= count
         return shares, budget
+
+    def _drop_drafts(self, shares: dict[int, int]) -> bool:
+        """Whether guesses were given up because blocks are short: nobody is preempted for them."""
+        guessed = [seq for group in self.running for seq in group.seqs if seq.draft]
+        writes = [(seq.table, self._goal(seq, shares[seq.id])) for group in self.running for seq in group.seqs if guessed and seq.id in shares]
+        if not guessed or self.pool.needs(writes) <= self.pool.free_count:
+            return False
+        for seq in guessed:
+            seq.draft = []
+        return True
 
     def _part(self, seq: Seq, budget: int) -> int:
         """Tokens of a prompt in one step."""

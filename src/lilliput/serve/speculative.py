@@ -16,11 +16,18 @@ Leviathan, Kalman & Matias 2023, arXiv 2211.17192, sections 2.3, 3.1 to 3.5, app
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lilliput.base import registry
+from lilliput.base.protocols import Drafter
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lilliput.ops.sampling import Choice, Draw
+    from lilliput.serve.scheduler import Chunk, Moves, Seq
 
 
 def expected_tokens(alpha: float, gamma: int) -> float:
@@ -141,3 +148,89 @@ class Controller:
             return 0
         self._since, self._wait = 0, 2 * self._wait
         return trial
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a drafter may use: the model, its runner, and the blocks of its cache and swap space."""
+
+    model: Any
+    runner: Any
+    blocks: int
+    swap: int
+    kv: str
+
+
+class Speculation:
+    """The engine's side: plan before a step is scheduled, fill before it runs, judge where guesses were drawn, then `took`."""
+
+    def __init__(self, draft: Any, most: int, place: Place) -> None:
+        """`draft`: a drafter's name, "name:argument", or a loaded model. `most`: guesses a sequence and step."""
+        name, _, argument = draft.partition(":") if isinstance(draft, str) else ("model", "", draft)
+        self.drafter: Drafter = registry.find("drafter", name)(argument, place)
+        self.control = Controller(most)
+        self._q: dict[int, Tensor] = {}
+
+    def plan(self, answering: Sequence[tuple[Seq, int]]) -> None:
+        """Set the drafts of the sequences that answer now; each beside the tokens that it may have after the next."""
+        gamma = self.control.gamma(len(answering)) if answering else 0
+        for seq, room in answering:
+            seq.draft = self.drafter.plan(seq.id, seq.tokens, min(gamma, room)) if gamma and room > 0 else []
+
+    def fill(self, chunks: Sequence[Chunk], draw: Callable[[int, int], Draw]) -> None:
+        """Complete the guesses in the chunks."""
+        self._q = self.drafter.fill(chunks, draw)
+
+    def judge(self, chunk: Chunk, draws: Sequence[Draw], logits_NV: Tensor) -> list[Choice] | None:
+        """What follows where the guesses were drawn from a distribution; None where they are certain. One draw and row a guess, and one more."""
+        q_GV = self._q.get(chunk.id)
+        if q_GV is None:
+            return None
+        import torch
+
+        from lilliput.ops.sampling import Choice
+
+        p_GV = torch.stack([standardised(row, how) for row, how in zip(logits_NV, draws)])
+        guesses = torch.tensor(list(chunk.ids[-chunk.draft :]))
+        accept = torch.tensor([another(how.u, "accept") for how in draws[:-1]], dtype=torch.float64)
+        counts, _ = judge(p_GV[None], q_GV[None], guesses[None], accept[None], accept.new_zeros(1))
+        last = int(counts[0])
+        _, token = judge(p_GV[None], q_GV[None], guesses[None], accept[None], accept.new_tensor([draws[last].u]))
+        totals = logits_NV.logsumexp(-1).tolist()
+        tokens = [*guesses[:last].tolist(), int(token[0])]
+        return [Choice(token, float(logits_NV[i, token]) - totals[i], totals[i]) for i, token in enumerate(tokens)]
+
+    def took(self, chunks: Sequence[Chunk], accepted: Sequence[int], seconds: float) -> None:
+        """A step has ended: how many guesses of each chunk were accepted. Steps with prompts say nothing of what a guess costs."""
+        for chunk, count in zip(chunks, accepted):
+            self.control.observe(chunk.draft, count)
+        if not any(chunk.prompt for chunk in chunks):
+            self.control.took(sum(chunk.stop - chunk.start for chunk in chunks), seconds)
+
+    def move(self, moves: Moves) -> None:
+        """What happens to blocks happens to the drafter's."""
+        self.drafter.move(moves)
+
+    def forget(self, id: int) -> None:
+        """The sequence has ended."""
+        self.drafter.forget(id)
+
+
+def standardised(logits_V: Tensor, how: Draw) -> Tensor:
+    """Probabilities [vocab] float64 after temperature (above 0), top-k, top-p and min-p, biases before."""
+    from lilliput.ops import sampling
+
+    changed_V = logits_V
+    if how.bias:
+        changed_V = logits_V.clone()
+        for token, value in how.bias.items():
+            changed_V[token] += value
+    ids_K, probs_K = sampling.candidates(changed_V, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, min_p=how.min_p)
+    return probs_K.new_zeros(len(logits_V)).index_put((ids_K,), probs_K)
+
+
+def another(u: float, word: str) -> float:
+    """A random number in [0, 1) that belongs to u and is independent of it."""
+    from lilliput.base import seeds
+
+    return (seeds.key(word, u) >> 3) / 2**53

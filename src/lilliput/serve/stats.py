@@ -50,12 +50,13 @@ class Counts:
     drafted: int = 0
     accepted: int = 0
 
-    def step(self, chunks: Sequence[Chunk], seconds: float) -> None:
-        """A step of these chunks has ended. A chunk that samples computes one token of the answer, or ends the prompt."""
+    def step(self, chunks: Sequence[Chunk], new: Sequence[int], seconds: float) -> None:
+        """A step of these chunks has ended, which gave each sequence so many new tokens."""
         self.steps += 1
         self.step_seconds += seconds
         self.last_step_seconds = seconds
-        self.generated += sum(chunk.samples for chunk in chunks)
+        self.drafted += sum(chunk.draft for chunk in chunks)
+        self.accepted += sum(count - 1 for chunk, count in zip(chunks, new) if chunk.draft and count)
         self.prompt += sum(chunk.prompt for chunk in chunks)
 
     def snapshot(self, running: int, waiting: int, blocks_used: int, blocks_total: int) -> Stats:

@@ -33,6 +33,11 @@ class Native:
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Logits fp32 [rows that chunks want, vocab], in order. Writes the new keys and values."""
+        return self.partly(chunks, self.model.spec.layers)
+
+    @torch.inference_mode()
+    def partly(self, chunks: Sequence[Chunk], layers: int) -> Tensor:
+        """The same with the first `layers` layers and the head."""
         if self.model.plan.store is not self.store:  # NativeDecoder.hidden, or another engine, has put its own there
             self.model.plan.cache(self.store)
         ends = list(accumulate(chunk.stop - chunk.start for chunk in chunks))
@@ -45,6 +50,7 @@ class Native:
             _int32([chunk.stop for chunk in chunks]),
             torch.frombuffer(tables, dtype=torch.int32).view(len(chunks), -1),
             _int32([row for chunk, end in zip(chunks, ends) for row in range(end - chunk.wants, end)]),
+            layers,
         )
 
 

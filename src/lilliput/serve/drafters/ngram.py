@@ -1,23 +1,32 @@
-"""Drafters: where guesses come from. `plan` says how many tokens are guessed for a sequence, before blocks are given out; `fill` writes them
-into the chunks, after that, since a model that guesses needs blocks too.
+"""Prompt lookup: the longest ending of the text (4 to 2 tokens) that has come before, and what followed it then.
 
-    ngram   prompt lookup: the longest ending of the text (4 to 2 tokens) that has come before, and what followed it then. Costs
-            microseconds; pays where text repeats itself: code, tables, answers that quote their question.
+Costs microseconds a token and needs no model. It pays where text repeats itself: code, tables, answers that quote their question.
 
-Saxena 2023 (prompt lookup decoding); Leviathan et al. 2023, appendix A.1 (n-gram models).
+Saxena 2023 (prompt lookup decoding); Leviathan et al. 2023, arXiv 2211.17192, appendix A.1 (n-gram models as drafters).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from lilliput.base.errors import UserError
+
+if TYPE_CHECKING:
+    from lilliput.ops.sampling import Draw
+    from lilliput.serve.scheduler import Chunk, Moves
+    from lilliput.serve.speculative import Place
 
 
 class NGram:
-    """Prompt lookup. One index a sequence, grown as its text grows."""
+    """One index a sequence, grown as its text grows."""
 
-    def __init__(self, longest: int = 4, shortest: int = 2) -> None:
-        """Tokens of the ending that must have come before, longest first."""
-        self.longest, self.shortest = longest, shortest
+    longest, shortest = 4, 2  # tokens of the ending that must have come before
+
+    def __init__(self, argument: str, place: Place | None) -> None:
+        """`argument`: none is taken. UserError for one."""
+        if argument:
+            raise UserError(f"draft=ngram takes no argument, got `{argument}`", fix="draft=ngram")
         self._after: dict[int, dict[tuple[int, ...], int]] = {}  # sequence -> ending -> where its continuation began, the latest time
         self._upto: dict[int, int] = {}
 
@@ -33,6 +42,13 @@ class NGram:
             if at is not None:
                 return self._unrolled(tokens, at, gamma)
         return []
+
+    def fill(self, chunks: Sequence[Chunk], draw: Callable[[int, int], Draw]) -> dict[int, object]:
+        """Nothing is left to guess, and what was guessed is certain."""
+        return {}
+
+    def move(self, moves: Moves) -> None:
+        """It has no cache."""
 
     def forget(self, id: int) -> None:
         """The sequence has ended."""

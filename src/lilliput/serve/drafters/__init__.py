@@ -1,0 +1,1 @@
+"""Where guesses come from (serve/speculative.py says what becomes of them)."""
