@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lilliput.base import registry
 from lilliput.base.errors import DoesNotFit, UserError, did_you_mean
 from lilliput.base.job import Job, Serve, Top
 from lilliput.loops.train import TrainResult
@@ -63,7 +64,8 @@ class LanguageModel:
 
         serve = self.serve
         return Engine(self.module, self.tokenizer, kv=serve.kv, kv_tokens=serve.kv_tokens or None, max_batch_tokens=serve.max_batch_tokens,
-                      sharing=serve.sharing, scheduling=serve.scheduling, preemption=serve.preemption, swap_tokens=serve.swap_tokens)  # fmt: skip
+                      sharing=serve.sharing, scheduling=serve.scheduling, preemption=serve.preemption, swap_tokens=serve.swap_tokens,
+                      draft=_drafter(serve), guesses=serve.guesses)  # fmt: skip
 
     def generate(self, prompt: str, **sampling: Any) -> str:
         """The text that follows the prompt, without a chat template."""
@@ -85,6 +87,15 @@ class LanguageModel:
         """A conversation that remembers what was said, with these sampling keywords for every answer."""
         _sampling(sampling)
         return Chat(self, sampling, _system(system))
+
+
+def _drafter(serve: Serve) -> Any:
+    """A drafter's name as it is; any other word is a model, which is loaded as the first one was."""
+    if not serve.draft or serve.draft.partition(":")[0] in registry.names("drafter"):
+        return serve.draft
+    from lilliput.models.load import load_to_serve
+
+    return load_to_serve(serve.draft, serve)[0]
 
 
 @dataclass

@@ -22,7 +22,7 @@ ROOMS: dict[str, dict[str, str]] = {
     "drafter": {
         "ngram": "lilliput.serve.drafters.ngram:NGram",
         "layers": "lilliput.serve.drafters.by_model:Layers",
-        "model": "lilliput.serve.drafters.by_model:Model",
+        "draft_model": "lilliput.serve.drafters.by_model:Model",
     },
 }
 

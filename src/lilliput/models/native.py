@@ -61,7 +61,7 @@ class NativeDecoder:
     def step(
         self, tokens_R: Tensor, positions_R: Tensor, cu_q: Tensor, lengths: Tensor, tables: Tensor, sampled_N: Tensor, layers: int | None = None
     ) -> Tensor:
-        """Logits [N, vocab] of the sampled rows, after the first `layers` layers (None: all); see ops.step.decoder_step. The plan's cache must have been set."""
+        """Logits [N, vocab] of the sampled rows, after the first `layers` layers (None: all); see ops.step.decoder_step. The plan has its cache."""
         return decoder_step(self.plan, tokens_R, None, positions_R=positions_R, cu_q=cu_q, lengths=lengths, tables=tables, sampled_N=sampled_N,
                             layers=(0, self.spec.layers if layers is None else layers))[1]  # fmt: skip
 

@@ -166,7 +166,7 @@ class Speculation:
 
     def __init__(self, draft: Any, most: int, place: Place) -> None:
         """`draft`: a drafter's name, "name:argument", or a loaded model. `most`: guesses a sequence and step."""
-        name, _, argument = draft.partition(":") if isinstance(draft, str) else ("model", "", draft)
+        name, _, argument = draft.partition(":") if isinstance(draft, str) else ("draft_model", "", draft)
         self.drafter: Drafter = registry.find("drafter", name)(argument, place)
         self.control = Controller(most)
         self._q: dict[int, Tensor] = {}

@@ -1,6 +1,6 @@
 """A model guesses: a smaller one of the same vocabulary, or the first layers of the model itself.
 
-    model     a cache of its own over the same blocks: whatever the scheduler does to a block, it does to both, so found prefixes, swaps
+    a model   a cache of its own over the same blocks: whatever the scheduler does to a block, it does to both, so found prefixes, swaps
               and copies need no care. It reads every chunk that the model reads. Memory: its weights, and its keys and values a token.
     layers:N  the first N layers, then the head: their keys and values are the model's own, in the model's own cache, and the pass that
               judges writes the same numbers again. No memory; but a model that was not trained to stop early guesses badly.
@@ -114,6 +114,8 @@ class Model(ByModel):
         """`argument`: a loaded model. UserError for another vocabulary or a shorter context."""
         from lilliput.serve.runners import runner_of
 
+        if isinstance(argument, str):
+            raise UserError("draft=draft_model names no model", "a model that guesses is named by itself", "draft=lilliput-tiny")
         mine, theirs = argument.facts, place.model.facts
         if mine.vocab != theirs.vocab:
             raise UserError("the model that guesses has another vocabulary", f"{mine.vocab:,} tokens beside {theirs.vocab:,}", "draft=ngram")
