@@ -10,7 +10,7 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/kernels/*.cpp)
 
 .PHONY: demo test test-slow test-sanitize lint docs bench clean
 
-demo: $(READY)  ## plan, chat, fine-tune, evaluate, chat again on the default model (SHORT=1: fewer steps)
+demo: $(READY)  ## plan, chat, serve, fine-tune, evaluate, chat again on the default model (SHORT=1: fewer steps)
 	$(BIN)/python demo/demo.py $(if $(SHORT),--short)
 
 test: $(READY)  ## the whole fast suite

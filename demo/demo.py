@@ -1,4 +1,4 @@
-"""The main job, end to end on a real model: plan, chat, evaluate, fine-tune, evaluate, chat again from the saved folder.
+"""The main job, end to end on a real model: plan, chat, serve, evaluate, fine-tune, evaluate, chat again from the saved folder.
 
 Each stage is one function that takes and extends the same `Demo`; a new stage is one function and one name in STAGES.
 """
@@ -58,6 +58,46 @@ def chat(demo: Demo) -> str:
     return lilliput.load(demo.model).chat(QUESTION, max_tokens=32).strip()
 
 
+def serve(demo: Demo) -> str:
+    """Serve it, ask by OpenAI's client, then 16 requests at once."""
+    import json
+    import signal
+    import subprocess
+    from concurrent.futures import ThreadPoolExecutor
+
+    import openai
+
+    command = [sys.executable, "-m", "lilliput", "serve", demo.model, "--json", "http.port=0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert server.stdout is not None, "its stdout was asked for"
+    try:
+        told = ""
+        while not told.endswith("\n}\n"):
+            line = server.stdout.readline()
+            if not line:
+                raise SystemExit(f"the server did not start: {told}")
+            told += line
+        client = openai.OpenAI(base_url=json.loads(told)["url"] + "/v1", api_key="none")
+        question = [{"role": "user", "content": QUESTION}]
+        answer = client.chat.completions.create(model=demo.model, messages=question, temperature=0, max_tokens=32)  # type: ignore[arg-type]
+        tokens = 32 if demo.short else 64
+
+        def complete(number: int) -> int:
+            done = client.completions.create(model=demo.model, prompt=f"{number} {PROMPT}", max_tokens=tokens, temperature=0, extra_body={"ignore_eos": True})
+            return done.usage.completion_tokens if done.usage else 0
+
+        started = time.monotonic()
+        with ThreadPoolExecutor(16) as pool:
+            count = sum(pool.map(complete, range(16)))
+        speed = count / (time.monotonic() - started)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        code = server.wait(60)
+    if code:
+        raise SystemExit(f"the server ended with {code}")
+    return f"{(answer.choices[0].message.content or '').strip()}  |  16 at once: {speed:,.0f} tok/s"
+
+
 def fine_tune(demo: Demo) -> str:
     """Train on the plays; held-out perplexity before and after."""
     import math
@@ -78,7 +118,7 @@ def chat_again(demo: Demo) -> str:
     return f"{PROMPT.splitlines()[-1]}{verse}".replace("\n", " / ") + f"  |  {answer}"
 
 
-STAGES = (pull, plan, chat, fine_tune, chat_again)
+STAGES = (pull, plan, chat, serve, fine_tune, chat_again)
 
 
 def main() -> int:

@@ -69,6 +69,22 @@ def test_planned_bytes_are_those_of_the_native_runner(weights: str, kv: str, smo
         assert abs(plan.weights / model.bytes - 1) < 0.03
 
 
+def test_the_plan_counts_what_is_asked_for_and_says_what_would_fit() -> None:
+    from lilliput.models.load import resolve_spec
+    from lilliput.plan.serving import memory_plan
+
+    spec, path = resolve_spec("lilliput-tiny", fetch=False)
+    plan = memory_plan(spec, path, Job.load(serve={"kv_tokens": 1000, "swap_tokens": 320, "max_batch_tokens": 64}).serve, "native", 8 << 20)
+    assert (plan.blocks, plan.swap // plan.block_bytes, plan.step_tokens) == (63, 20, 64) and plan.total == plan.weights + 83 * plan.block_bytes + plan.step
+    large = Job.load(serve={"kv_tokens": 1 << 20}).serve
+    short = memory_plan(spec, path, large, "native", 8 << 20)
+    assert not short.fits
+    asked = {"kv_tokens": int(short.fix.partition("=")[2])}
+    assert memory_plan(spec, path, Job.load(serve=asked).serve, "native", 8 << 20).fits
+    assert not memory_plan(spec, path, Job.load(serve={"kv_tokens": asked["kv_tokens"] + 16}).serve, "native", 8 << 20).fits
+    assert "q4" in memory_plan(spec, path, large, "native", 1 << 20).fix
+
+
 def test_show_config_says_where_values_come_from() -> None:
     code, text = invoke("lilliput-tiny", "http.port=9999", "--show-config", "--json")
     settings = json.loads(text[text.index("{") :])

@@ -79,7 +79,7 @@ def present(job: Job, show: Show) -> int:
     rows = [{"part": name, "bytes": size(count), "of it": text} for name, count, text in plan.rows()]
     show.table(rows, ("part", "bytes", "of it"))
     show.line(f"{runner}: {reason}")
-    show.line(f"{size(plan.total)} of {size(plan.free)} free on {device.name}: {'fits' if plan.fits else 'does not fit; serve.weights=q4 or serve.kv=int8'}")
+    show.line(f"{size(plan.total)} of {size(plan.free)} free on {device.name}: {'fits' if plan.fits else f'does not fit; {plan.fix}'}")
     return OK if plan.fits else DOES_NOT_FIT
 
 

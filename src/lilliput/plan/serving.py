@@ -57,6 +57,12 @@ class MemoryPlan:
         """Whether all of it is free now."""
         return self.total <= self.free
 
+    @property
+    def fix(self) -> str:
+        """What makes it fit: as many tokens of cache as are left, where the rest fits."""
+        left = (self.free - self.weights - self.step - self.swap) // self.block_bytes * BLOCK
+        return f"serve.kv_tokens={left}" if left > 0 else "serve.weights=q4, or a smaller model"
+
     def rows(self) -> Iterator[tuple[str, int, str]]:
         """(part, bytes, in words)."""
         yield "weights", self.weights, f"{self.parameters:,} parameters as {self.stored}"
