@@ -30,14 +30,16 @@ BATCH_TOKENS = 4096  # of one forward, padding included
 class Embedder:
     """Texts, as token ids, to vectors. One call at a time; the model is made at the first."""
 
-    def __init__(self, make: Callable[[], Hidden], dim: int, context: int, pooling: Pooling) -> None:
-        """`make`: builds the model's forward; `dim`: length of a vector; `context`: tokens of a text at most."""
-        self.dim, self.context, self.pooling = dim, context, pooling
+    def __init__(self, make: Callable[[], Hidden], dim: int, context: int, vocab: int, pooling: Pooling) -> None:
+        """`make`: builds the model's forward; `dim`: length of a vector; `context`: tokens of a text at most; `vocab`: ids there are."""
+        self.dim, self.context, self.vocab, self.pooling = dim, context, vocab, pooling
         self._make, self._hidden, self._lock = make, None, Lock()
 
     def check(self, texts: Sequence[Sequence[int]]) -> None:
-        """UserError for a text without tokens or with too many."""
+        """UserError for a text without tokens, with too many, or with ids that do not exist."""
         for number, ids in enumerate(texts):
+            if stranger := [one for one in ids if not 0 <= one < self.vocab]:
+                raise UserError(f"token id {stranger[0]} is not in the vocabulary", f"ids go from 0 to {self.vocab - 1}", "use the model's own tokenizer")
             if not 1 <= len(ids) <= self.context:
                 raise UserError(f"text {number} has {len(ids):,} tokens", f"1 to {self.context:,} are possible", "shorten the text, or cut it in parts")
 
@@ -90,7 +92,7 @@ def of_decoder(name: str, device: str, dtype: str, spec: DecoderSpec, pooling: P
 
         return hidden
 
-    return Embedder(make, spec.embed_dim or spec.dim, spec.context, pooling)
+    return Embedder(make, spec.embed_dim or spec.dim, spec.context, spec.vocab, pooling)
 
 
 def of_encoder(folder: Path, pooling: Pooling) -> tuple[Embedder, Tokenizer]:
@@ -99,4 +101,5 @@ def of_encoder(folder: Path, pooling: Pooling) -> tuple[Embedder, Tokenizer]:
     from lilliput.models.encoder import load_encoder
 
     model = load_encoder(folder)
-    return Embedder(lambda: lambda tokens, mask: model(tokens, mask), model.spec.dim, model.spec.context, pooling), Tokenizer.from_folder(folder)
+    spec = model.spec
+    return Embedder(lambda: lambda tokens, mask: model(tokens, mask), spec.dim, spec.context, spec.vocab, pooling), Tokenizer.from_folder(folder)

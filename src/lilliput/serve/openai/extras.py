@@ -26,8 +26,6 @@ async def embeddings(served: Served, body: EmbeddingRequest) -> Json:
     if not 1 <= len(texts) <= MOST_TEXTS:
         raise ApiError(f"input holds {len(texts)} texts, 1 to {MOST_TEXTS} are taken", "input")
     ids = [await served.encode(text, True, "input") if isinstance(text, str) else text for text in texts]
-    if stranger := next((number for text in ids for number in text if not 0 <= number < served.tokenizer.vocab_size), None):
-        raise ApiError(f"token id {stranger} is not in the vocabulary of {served.tokenizer.vocab_size}", "input")
     if body.dimensions is not None and body.dimensions > served.embedder.dim:
         raise ApiError(f"vectors have {served.embedder.dim} numbers, {body.dimensions} were asked for", "dimensions")
     served.admit()
@@ -69,9 +67,9 @@ async def tokenize(served: Served, body: TokenizeRequest) -> Json:
 async def detokenize(served: Served, body: DetokenizeRequest) -> Json:
     """The text of ids."""
     served.check_model(body.model)
-    if stranger := next((number for number in body.tokens if not 0 <= number < served.tokenizer.vocab_size), None):
-        raise ApiError(f"token id {stranger} is not in the vocabulary of {served.tokenizer.vocab_size}", "tokens")
     try:
+        if strangers := [number for number in body.tokens if not 0 <= number < served.tokenizer.vocab_size]:
+            raise ApiError(f"token id {strangers[0]} is not in the vocabulary of {served.tokenizer.vocab_size}", "tokens")
         return {"prompt": served.tokenizer.decode(body.tokens, skip_special=False)}
     except UserError as error:
         raise from_user_error(error, "tokens") from error
