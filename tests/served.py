@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from typing import Any
 
 import torch
 
@@ -47,16 +48,22 @@ def engine_of(model: Decoder, **settings: object) -> Engine:
     return Engine(model, Tokenizer.bytes_(), **({"kv_tokens": 1024} | settings))  # type: ignore[arg-type]
 
 
-def oracle(model: Decoder, prompts: list[list[int]], new: int, penalty: float = 1.0) -> list[list[int]]:
-    """transformers' greedy generate on the same weights, one prompt at a time."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+def twin_of(model: Decoder) -> Any:
+    """transformers' model with the same weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = hf_from_spec(model.spec)
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="eager").eval()
-    state = dict(from_canonical(model.spec, model.get_parameter))
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_from_spec(model.spec)), attn_implementation="eager").eval()
+    missing, unexpected = theirs.load_state_dict(dict(from_canonical(model.spec, model.get_parameter)), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     theirs.tie_weights()
+    return theirs
+
+
+def oracle(model: Decoder, prompts: list[list[int]], new: int, penalty: float = 1.0) -> list[list[int]]:
+    """transformers' greedy generate on the same weights, one prompt at a time."""
+    from transformers import GenerationConfig
+
+    theirs = twin_of(model)
     how = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, repetition_penalty=penalty)
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")

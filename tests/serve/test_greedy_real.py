@@ -14,13 +14,16 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_greedy_tokens_of_the_default_model(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A divergence is allowed only where the oracle's two best logits are less than 1e-4 apart."""
+@pytest.mark.parametrize("runner, prompts", [("native", 64), ("eager", 16)])
+def test_greedy_tokens_of_the_default_model(runner: str, prompts: int, smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every mode. A divergence is allowed only where the oracle's two best logits are less than 1e-4 apart."""
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
     import greedy_vs_transformers as bench
 
-    findings = bench.compare(str(smollm2), 64)
-    assert len(findings) == 60
+    if runner == "native" and native.module() is None:
+        pytest.skip(str(native.missing()))
+    findings = bench.compare(str(smollm2), 64, runner, prompts)
+    assert len(findings) == prompts * len(bench.MODES)
     parted = [finding for finding in findings if finding.at is not None]
     assert all(finding.gap is not None and finding.gap < bench.GAP for finding in parted), parted
 

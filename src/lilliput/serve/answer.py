@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lilliput.base import seeds
 from lilliput.ops import sampling as ops
+from lilliput.serve.beams import Hypothesis, Search
 from lilliput.serve.request import Delta, FinishReason, Guide, Sampling, Scored
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Request:
     scored: list[Scored | None] | None = None  # of the prompt, where asked for
     cached: int = 0  # tokens of the prompt that were in the cache already
     unborn: list[Answer] = field(default_factory=list)  # those that begin when the prompt has been computed
+    search: Search | None = None  # a beam search; its answers are its live beams
     kept: dict[int, list[Delta]] = field(default_factory=dict)  # index -> deltas, while best_of has not chosen
 
     def __post_init__(self) -> None:
@@ -87,7 +89,7 @@ class Request:
     def held(self, delta: Delta) -> list[Delta]:
         """What may be given out after this delta: itself, or with best_of nothing until all answers have ended, then the likeliest."""
         how = self.sampling
-        if how.width == how.n:
+        if how.width == how.n or self.search is not None:
             return [delta]
         self.kept.setdefault(delta.index, []).append(delta)
         if delta.finish_reason is None or self.answers:
@@ -182,6 +184,12 @@ class Answer:
         self._started = True
         scored = None if request.scored is None else tuple(request.scored)
         return Delta(request.id, self.index, token, text, how, reason, logprob, top, request.cached, scored)
+
+
+def spoken(request: Request, found: Sequence[Hypothesis]) -> list[Delta]:
+    """The deltas of a search's answers, the best first, as if each had been drawn token by token."""
+    answers = [Answer(-1, request, index) for index in range(request.sampling.n)]
+    return [answer.append(*pair) for answer, beam in zip(answers, found) for pair in zip(beam.tokens, beam.logprobs)]
 
 
 def score_prompt(request: Request, start: int, logits_NV: Tensor) -> None:

@@ -19,6 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lilliput.base.errors import UserError
+from lilliput.serve.beams import Beam
 from lilliput.serve.request import Delta, Sampling
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class AsyncEngine:
         """What the engine held and had done after its last step, or its last change."""
         return self._stats
 
-    async def stream(self, prompt_ids: Sequence[int], sampling: Sampling | None = None) -> AsyncIterator[Delta]:
+    async def stream(self, prompt_ids: Sequence[int], sampling: Sampling | Beam | None = None) -> AsyncIterator[Delta]:
         """The deltas of one request, all its answers, as they come. UserError at once for a request that can never run, or while stopping.
         An answer that fails ends with finish_reason "error" and a message; the others go on."""
         assert self._loop is not None and self._quiet is not None, "start() comes first"

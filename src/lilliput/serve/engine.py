@@ -13,7 +13,6 @@ for bit, on the eager one up to the rounding of its matrix products (about 1e-5 
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import math
 import time
@@ -23,12 +22,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from lilliput.base import hardware, registry
-from lilliput.base.errors import DoesNotFit, UserError
+from lilliput.base.errors import UserError
 from lilliput.base.protocols import Runner
 from lilliput.data.tokenizer import Tokenizer
 from lilliput.models.native import NativeDecoder
 from lilliput.ops import sampling as ops
-from lilliput.serve.answer import Answer, Request, bad_word_ids, score_prompt
+from lilliput.serve.admission import Door
+from lilliput.serve.answer import Answer, Request, bad_word_ids, score_prompt, spoken
+from lilliput.serve.beams import Beam, Search
 from lilliput.serve.blocks import BLOCK, BlockPool, blocks_for
 from lilliput.serve.costs import Costs
 from lilliput.serve.request import Completion, Delta, FinishReason, Sampling, collect
@@ -84,6 +85,7 @@ class Engine:
         self.guesses = Speculation(draft, guesses, Place(model, self.runner, blocks, swap, kv)) if draft else None
         self.costs = Costs(self.pool, self.runner, preemption)
         self.scheduler = Scheduler(self.pool, max_batch_tokens, choose=self.costs.choose, batching=batching, reserve=reserve)
+        self.door = Door(model.facts.vocab, self.context, self.policy, self.scheduler)
         self.counts = Counts()
         self._eos = frozenset((*tokenizer.eos_ids, *model.spec.eos_ids))
         self._requests: dict[int, Request] = {}
@@ -102,38 +104,30 @@ class Engine:
         """Whether step() has something to do or to say."""
         return bool(self._requests or self._notes)
 
-    def request(self, prompt_ids: Sequence[int], sampling: Sampling | None = None) -> Request:
-        """A request that `submit` takes. UserError for a prompt that is empty, beyond the context or beyond the cache, and for ids beyond the
-        vocabulary. Changes nothing, so any thread may call it."""
-        prompt, how = list(prompt_ids), sampling or Sampling()
-        if not prompt:
-            raise UserError("the prompt has no tokens", why="the model needs at least one to go on from", fix="give some text")
-        vocab = self.model.facts.vocab
-        for ids in (prompt, how.logit_bias, how.stop_ids):
-            if ids and not 0 <= min(ids) <= max(ids) < vocab:
-                stranger = min(ids) if min(ids) < 0 else max(ids)
-                raise UserError(f"token id {stranger} is not in the vocabulary", f"ids go from 0 to {vocab - 1}", "use the model's own tokenizer")
-        if len(prompt) >= self.context:
-            why = f"{len(prompt):,} tokens of prompt, {self.context:,} tokens of context, and the answer needs at least one"
-            raise UserError("the prompt is longer than the model's context", why, f"shorten the prompt by {len(prompt) - self.context + 1:,} tokens or more")
-        limit = min(how.max_tokens, self.context - len(prompt))
-        self._check_room(len(prompt), limit, how.width)
+    def request(self, prompt_ids: Sequence[int], sampling: Sampling | Beam | None = None) -> Request:
+        """A request that `submit` takes. UserError and DoesNotFit for one that can never run. Changes nothing, so any thread may call it."""
+        prompt, how = list(prompt_ids), sampling.sampling if isinstance(sampling, Beam) else sampling or Sampling()
+        limit = self.door.limit(prompt, how)
         bad = bad_word_ids(how.bad_words, self.tokenizer)
-        return Request(next(self._ids), prompt, how, limit, self._eos, lambda: self.tokenizer.stream(prompt), bad)
+        made = Request(next(self._ids), prompt, how, limit, self._eos, lambda: self.tokenizer.stream(prompt), bad)
+        made.search = Search(sampling, limit, made.ends, self.door.vocab) if isinstance(sampling, Beam) else None
+        return made
 
     def submit(self, request: Request) -> int:
         """Queue a request; its id."""
         how, prompt = request.sampling, request.prompt
         self._requests[request.id] = request
-        request.answers = [Answer(next(self._sequences), request, index) for index in range(how.width)]
+        request.answers = [Answer(next(self._sequences), request, index) for index in range(1 if request.search else how.width)]
         self._answers |= {answer.id: answer for answer in request.answers}
         request.unborn = request.answers[1:]
-        most = self.scheduler.most(len(prompt), self.policy.budget(len(prompt), request.limit), how.width)
+        if request.search is not None:
+            request.search.begin(request.answers[0].id)
+        most = self.door.most(len(prompt), request.limit, how.width)
         self.scheduler.add(request.id, request.answers[0].id, list(prompt), most, width=how.width, priority=how.priority if self.priorities else 0,
                            scores=request.scored is not None, shares=not self.policy.evicts)  # fmt: skip
         return request.id
 
-    def add(self, prompt_ids: Sequence[int], sampling: Sampling | None = None) -> int:
+    def add(self, prompt_ids: Sequence[int], sampling: Sampling | Beam | None = None) -> int:
         """request() and submit()."""
         return self.submit(self.request(prompt_ids, sampling))
 
@@ -178,7 +172,7 @@ class Engine:
         for id in [group.id for group in self.scheduler.running] or list(self._requests):
             self._break(id, "error", message)
 
-    def stream(self, prompt_ids: Sequence[int], sampling: Sampling | None = None) -> Iterator[Delta]:
+    def stream(self, prompt_ids: Sequence[int], sampling: Sampling | Beam | None = None) -> Iterator[Delta]:
         """Give the deltas of one request as they come; closing the iterator stops the request. Others run in the same steps.
         UserError when an answer ends with an error."""
         id = self._open(prompt_ids, sampling)
@@ -190,11 +184,11 @@ class Engine:
         finally:
             self._close(id)
 
-    def generate(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | None = None) -> list[Completion]:
-        """Answer several prompts (ids, or text to go on from) in one batch: `n` completions for each, in their order."""
+    def generate(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | Beam | None = None) -> list[Completion]:
+        """Answer several prompts (ids, or text to go on from) in one batch: `n` completions for each, in their order; of a beam the best first."""
         ids: list[int] = []
         done: list[Completion] = []
-        count = 1 if sampling is None else sampling.n
+        count = sampling.sampling.n if isinstance(sampling, Beam) else 1 if sampling is None else sampling.n
         try:
             for prompt in prompts:
                 ids.append(self._open(self.tokenizer.encode(prompt, special=True) if isinstance(prompt, str) else prompt, sampling))
@@ -205,20 +199,6 @@ class Engine:
         finally:
             for id in ids:
                 self._close(id)
-
-    def _check_room(self, prompt: int, limit: int, width: int) -> None:
-        """DoesNotFit where the request can never run, with what would."""
-        most = lambda prompt, limit: self.scheduler.most(prompt, self.policy.budget(prompt, limit), width)
-        if width > self.scheduler.max_batch_tokens:
-            why = f"{width} answers need a token each in a step, it has {self.scheduler.max_batch_tokens}"
-            raise DoesNotFit("the request has too many answers", why, f"max_batch_tokens={width} or n={self.scheduler.max_batch_tokens}")
-        if most(prompt, limit) <= self.pool.total:
-            return
-        times = f"{width} answers of {limit:,}" if width > 1 else f"{limit:,} of answer"
-        why = f"{prompt:,} tokens of prompt and {times} need {most(prompt, limit) * BLOCK:,} tokens of cache in blocks of {BLOCK}, it has {self.kv_tokens:,}"
-        fits = bisect.bisect_right(range(1, limit), self.pool.total, key=lambda tokens: most(prompt, tokens))
-        fix = f"kv_tokens={most(prompt, limit) * BLOCK}" + (f" or max_tokens={fits}" if fits else "")
-        raise DoesNotFit("the request does not fit into the cache", why, fix)
 
     def _move(self) -> None:
         if self.scheduler.moves:
@@ -233,7 +213,7 @@ class Engine:
         for group in self.scheduler.running:
             for seq in group.seqs:
                 answer = self._answers[seq.id]
-                if seq.missing == 1 and not seq.parked and not answer.request.looks_back:
+                if seq.missing == 1 and not seq.parked and not answer.request.looks_back and answer.request.search is None:
                     found.append((seq, answer.request.limit - len(answer.tokens) - 1))
         return found
 
@@ -265,7 +245,7 @@ class Engine:
                     continue
                 rows.append(row - 1)
                 drawn.append(answer.id)
-                top = max(top, request.sampling.logprobs or 0)
+                top = max(top, request.sampling.logprobs or 0 if request.search is None else request.search.candidates)
         picked = logits_NV if len(rows) == len(logits_NV) else logits_NV[rows]
         for id, choice in zip(drawn, ops.choose_rows(picked, draws, min(top, vocab)) if draws else ()):
             found = choices.setdefault(id, [])
@@ -280,12 +260,13 @@ class Engine:
     def _commit(self, chunk: Chunk, choices: dict[int, list[ops.Choice | str]], deltas: list[Delta]) -> int:
         """The chunk is in the cache. What was chosen goes to its answer: the guesses that it agrees with, and one token more; after the prompt
         to all answers of the request. How many tokens the sequence has got."""
-        found = choices.get(chunk.id)
-        if found is None:
-            self.scheduler.commit(chunk)
+        first, found = self._answers.get(chunk.id), choices.get(chunk.id)
+        if first is None:  # its request ended in this step: another of its beams broke
             return 0
-        first = self._answers[chunk.id]
         request = first.request
+        if found is None or request.search is not None:
+            self.scheduler.commit(chunk)
+            return 0 if found is None or request.search is None else self._widen(request, request.search, chunk.id, found[0], deltas)
         if not first.tokens:
             request.cached = self.scheduler.find(chunk.id).group.cached
         right = matched(chunk.ids[len(chunk.ids) - chunk.draft :], [choice.token if isinstance(choice, ops.Choice) else -1 for choice in found])
@@ -302,9 +283,33 @@ class Engine:
         for answer, ones in ((first, said), *((answer, [self._append(answer, choices[answer.id][0])]) for answer in born)):
             if ones[-1].finish_reason:
                 self._finish(answer)
-            for delta in ones:
-                self._give(delta, deltas)
+            self._give(request, [one for delta in ones for one in request.held(delta)], deltas)
         return len(said)
+
+    def _widen(self, request: Request, search: Search, seq: int, choice: ops.Choice | str, deltas: list[Delta]) -> int:
+        """A beam has its likeliest continuations; when all have theirs, the search takes a step. How many tokens were chosen for the beam."""
+        if isinstance(choice, str):
+            self._break(request.id, "error", choice, deltas)
+            return 0
+        if not search.offer(seq, choice.top[: search.candidates]):
+            return 1
+        request.cached = self.scheduler.find(seq).group.cached
+        step, born = search.step(), []
+        for parent, token in step.fork:
+            answer = Answer(next(self._sequences), request, 0)
+            request.answers.append(answer)
+            self._answers[answer.id] = answer
+            self.scheduler.fork(parent, answer.id, token)
+            born.append(answer.id)
+        search.born(born)
+        for parent, token in step.extend:
+            self.scheduler.extend(parent, token)
+        for old in step.finish:
+            self._finish(self._answers[old])
+        self.counts.generated += len(search.live) or request.sampling.n
+        if search.done:
+            self._give(request, spoken(request, search.finished), deltas)
+        return 1
 
     def _append(self, answer: Answer, choice: ops.Choice | str) -> Delta:
         if isinstance(choice, str):
@@ -315,14 +320,11 @@ class Engine:
         except Exception as fault:
             return answer.broken("error", f"the guide failed: {fault}")
 
-    def _give(self, delta: Delta, others: list[Delta]) -> None:
-        """Hand a delta to whoever reads the request; with best_of, only when all answers have ended, and of the likeliest alone."""
-        request = self._requests[delta.id]
-        ready = request.held(delta)
-        inbox = self._inboxes.get(delta.id, others)
-        inbox.extend(ready)
-        if delta.finish_reason and not request.answers:
-            self._requests.pop(delta.id, None)
+    def _give(self, request: Request, deltas: list[Delta], others: list[Delta]) -> None:
+        """Hand deltas to whoever reads the request, and forget it when it has ended."""
+        self._inboxes.get(request.id, others).extend(deltas)
+        if not request.answers:
+            del self._requests[request.id]
 
     def _finish(self, answer: Answer) -> None:
         request = answer.request
@@ -335,16 +337,20 @@ class Engine:
         del self._answers[answer.id]
         request.answers.remove(answer)
 
-    def _break(self, id: int, reason: FinishReason, message: str) -> bool:
+    def _break(self, id: int, reason: FinishReason, message: str, others: list[Delta] | None = None) -> bool:
         request = self._requests.get(id)
         if request is None:
             return False
+        broken: list[Delta] = []
         for answer in list(request.answers):
             self._finish(answer)
-            self._give(answer.broken(reason, message), self._notes)
+            broken += request.held(answer.broken(reason, message))
+        if request.search is not None:
+            broken = [replace(broken[0], index=index) for index in range(request.sampling.n)]
+        self._give(request, broken, self._notes if others is None else others)
         return True
 
-    def _open(self, prompt_ids: Sequence[int], sampling: Sampling | None) -> int:
+    def _open(self, prompt_ids: Sequence[int], sampling: Sampling | Beam | None) -> int:
         request = self.request(prompt_ids, sampling)
         self._inboxes[request.id] = deque()
         return self.submit(request)

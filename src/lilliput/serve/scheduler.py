@@ -184,6 +184,10 @@ class Scheduler:
         parent.group.seqs.append(child)
         self._seqs[other] = child
 
+    def extend(self, seq: int, token: int) -> None:
+        """One token more is known of a sequence that was committed without one."""
+        self._seqs[seq].tokens.append(token)
+
     def finish(self, seq: int) -> None:
         """Forget a sequence, wherever it is; its blocks are free at once."""
         gone = self._seqs.pop(seq)
@@ -209,9 +213,10 @@ class Scheduler:
         guessed, prompts = [], []
         for group in self.running:
             for seq in group.seqs:
-                if seq.missing > 1:
+                missing = seq.missing
+                if missing > 1:
                     prompts.append(seq)
-                elif not seq.parked:
+                elif missing and not seq.parked:  # 0: a beam that waits for the others of its gang
                     shares[seq.id] = 1
                     budget -= 1
                     if seq.draft:

@@ -1,0 +1,59 @@
+"""Admission: what an engine refuses before it costs anything, each refusal with the numbers and with what would fit.
+
+Arithmetic on what never changes (vocabulary, context, blocks of the pool), so any thread may ask.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lilliput.base.errors import DoesNotFit, UserError
+from lilliput.base.protocols import KVPolicy
+from lilliput.serve.blocks import BLOCK
+from lilliput.serve.request import Sampling
+from lilliput.serve.scheduler import Scheduler
+
+
+@dataclass(frozen=True)
+class Door:
+    """What a request has to fit into."""
+
+    vocab: int
+    context: int
+    policy: KVPolicy
+    scheduler: Scheduler
+
+    def limit(self, prompt: Sequence[int], how: Sampling) -> int:
+        """New tokens of each answer at most. UserError for a prompt that is empty or beyond the context, for ids beyond the vocabulary, DoesNotFit
+        where the cache can never hold the request."""
+        if not prompt:
+            raise UserError("the prompt has no tokens", why="the model needs at least one to go on from", fix="give some text")
+        for ids in (prompt, how.logit_bias, how.stop_ids):
+            if ids and not 0 <= min(ids) <= max(ids) < self.vocab:
+                stranger = min(ids) if min(ids) < 0 else max(ids)
+                raise UserError(f"token id {stranger} is not in the vocabulary", f"ids go from 0 to {self.vocab - 1}", "use the model's own tokenizer")
+        if len(prompt) >= self.context:
+            why = f"{len(prompt):,} tokens of prompt, {self.context:,} tokens of context, and the answer needs at least one"
+            raise UserError("the prompt is longer than the model's context", why, f"shorten the prompt by {len(prompt) - self.context + 1:,} tokens or more")
+        limit = min(how.max_tokens, self.context - len(prompt))
+        self._room(len(prompt), limit, how.width)
+        return limit
+
+    def most(self, prompt: int, limit: int, width: int) -> int:
+        """Blocks that a request can need."""
+        return self.scheduler.most(prompt, self.policy.budget(prompt, limit), width)
+
+    def _room(self, prompt: int, limit: int, width: int) -> None:
+        total, rows = self.scheduler.pool.total, self.scheduler.max_batch_tokens
+        if width > rows:
+            raise DoesNotFit("the request has too many answers", f"{width} answers need a token each in a step, it has {rows}",
+                             f"max_batch_tokens={width} or n={rows}")  # fmt: skip
+        need = self.most(prompt, limit, width)
+        if need <= total:
+            return
+        times = f"{width} answers of {limit:,}" if width > 1 else f"{limit:,} of answer"
+        why = f"{prompt:,} tokens of prompt and {times} need {need * BLOCK:,} tokens of cache in blocks of {BLOCK}, it has {total * BLOCK:,}"
+        fits = bisect.bisect_right(range(1, limit), total, key=lambda tokens: self.most(prompt, tokens, width))
+        raise DoesNotFit("the request does not fit into the cache", why, f"kv_tokens={need * BLOCK}" + (f" or max_tokens={fits}" if fits else ""))
