@@ -128,6 +128,25 @@ def test_several_prompts_and_answers_keep_their_order(client) -> None:
     assert streamed == [choice.text for choice in together.choices]
 
 
+@pytest.mark.parametrize("body", [
+    {"prompt": "To be", "temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 7, "logprobs": None, "ignore_eos": True},
+    {"prompt": "To be", "temperature": 0.0, "best_of": 1, "max_tokens": 7, "min_tokens": 7, "ignore_eos": True},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "To be"}]}], "max_completion_tokens": 7, "ignore_eos": True, "temperature": 0.0},
+], ids=["completions", "older completions", "chat"])  # fmt: skip
+def test_what_vllms_benchmark_sends_is_streamed_with_usage(server: Running, body: dict) -> None:
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    whole = json.dumps({"model": "tiny", "stream": True, "stream_options": {"include_usage": True}} | body).encode()
+    request = urllib.request.Request(server.url + path, whole, {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        events = [line[6:] for line in answer.read().decode().splitlines() if line]
+    assert events[-1] == "[DONE]"
+    parsed = [json.loads(event) for event in events[:-1]]
+    assert parsed[-1]["usage"]["completion_tokens"] == 7 and parsed[-1]["choices"] == []
+    texts = [choice["delta"].get("content") if "messages" in body else choice["text"] for event in parsed for choice in event["choices"]]
+    assert 5 <= len([text for text in texts if text]) <= 8
+
+
 # ---- structure and tools
 
 

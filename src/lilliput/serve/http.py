@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 OPEN_PATHS = ("/health", "/")  # without a key; the page's files too
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+WARM_AFTER = 2.0  # seconds; the first answer comes first
 GONE = 499  # nginx's word for a client that left; nobody reads it
 
 
@@ -51,7 +52,9 @@ def application(served: Served, keys: tuple[str, ...] = (), page: Path | None = 
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if served.engine is not None:
             served.engine.start()
+        warming = asyncio.create_task(_warm(served))
         yield
+        warming.cancel()
         if served.engine is not None and not served.engine.ending:
             await served.engine.stop(drain=True, timeout=served.options.drain)
 
@@ -67,6 +70,14 @@ def application(served: Served, keys: tuple[str, ...] = (), page: Path | None = 
     if any(origins):
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     return app
+
+
+async def _warm(served: Served) -> None:
+    """Once it is up: what the first structured answer would wait for (0.2 s). Where llguidance is missing, that answer says so."""
+    await asyncio.sleep(WARM_AFTER)
+    if served.engine is not None:
+        with contextlib.suppress(UserError):
+            await asyncio.to_thread(lambda: served.grammars)
 
 
 def _openai(app: FastAPI, served: Served) -> None:
