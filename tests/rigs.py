@@ -26,6 +26,7 @@ def make_rig(
     dropout: float = 0.0,
     sequences: int = 2,
     tokens: int = 32,
+    micro_batches: int = 1,
     device: str = "cpu",
 ) -> Rig:
     """A rig with fresh weights (seed 0)."""
@@ -33,7 +34,7 @@ def make_rig(
     with torch.device("meta"):
         model = Decoder(spec)
     model.dropout = dropout
-    site = Site(hardware=detect(), sequences=sequences, tokens=tokens, element=4 if dtype == "fp32" else 2)
+    site = Site(hardware=detect(), sequences=sequences, tokens=tokens, element=4 if dtype == "fp32" else 2, micro_batches=micro_batches)
     return assemble(
         model, rooms, site=site, device=torch.device(device), seed=0, dtype=dtype, read=None,
         init=lambda name, shape, seed: init_tensor(name, shape, seed, spec), optimizer=ADAMW, clip=1.0,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lilliput.base import show as module
 from lilliput.base.errors import DoesNotFit, UserError
-from lilliput.base.show import Show, count, duration, size
+from lilliput.base.show import Show, count, duration, parse_size, size
 
 
 class Terminal(io.StringIO):
@@ -162,3 +162,13 @@ def test_any_plain_value_becomes_strict_json(value: object) -> None:
     show, out, _ = shows(json=True)
     show.data(value)
     json.loads(out.getvalue(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+@pytest.mark.parametrize(("text", "count"), [("600MB", 600_000_000), ("1.5 GiB", 3 << 29), ("4096", 4096), ("2kb", 2000), ("7B", 7), ("0.5KiB", 512)])
+def test_sizes_are_read(text: str, count: int) -> None:
+    assert parse_size(text) == count
+
+
+def test_what_is_no_size_is_refused() -> None:
+    with pytest.raises(UserError, match="`600 apples` is no number of bytes"):
+        parse_size("600 apples")

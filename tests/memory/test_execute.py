@@ -115,7 +115,7 @@ def test_another_model_or_shape_is_refused() -> None:
     trace, funcs = traced(net)
     executor = Executor(lower(trace, {}), funcs)
     with pytest.raises(UserError, match="other tensors than planned"):
-        run((net[0], net[1], [torch.randn(3, 32)]), executor)
+        run((net[0], net[1], [torch.randn(17, 32)]), executor)
     with pytest.raises(UserError, match="does not do what was planned"):
         run((nn.Sequential(*list(net[0])[:3], nn.Tanh()), net[1], net[2]), executor)
     with pytest.raises(UserError, match="ended early"), executor.forward():

@@ -1,4 +1,4 @@
-"""The decoder's seams: cache hook, deltas, walk, dropout, storage in bf16, and weights keyed by name. Numbers: test_families.py."""
+"""The decoder's seams: cache hook, deltas, recomputed blocks, dropout, storage in bf16, and weights keyed by name. Numbers: test_families.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilliput.base.errors import UserError
-from lilliput.memory.execute import recompute_every
+from lilliput.memory.capture import capture
+from lilliput.memory.execute import Executor
+from lilliput.memory.lower import lower
+from lilliput.memory.planners.chain import chain, entries
+from lilliput.memory.planners.sqrt import segments
 from lilliput.models.decoder import Decoder, init_tensor
 from lilliput.models.layers import Linear
 from lilliput.models.spec import DecoderSpec, Rope
@@ -207,16 +211,22 @@ def test_bf16_storage_is_fp32_arithmetic(family: str) -> None:
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_recomputed_walk_is_bitwise_with_dropout(every: int) -> None:
-    plain, again = built(LLAMA).train(), built(LLAMA).train()
-    again.walk = recompute_every(every)
-    grads = []
+@pytest.mark.parametrize("name", SPECS)
+def test_recomputed_blocks_are_bitwise_with_dropout(name: str, every: int) -> None:
+    plain, again = built(SPECS[name]).train(), built(SPECS[name]).train()
+    plain.dropout = again.dropout = 0.2
+    trace, funcs = capture(again, loss_of, [tokens()])
+    blocks = chain(trace, entries(trace, "layers.*"))
+    schedule = lower(trace, segments(blocks, [0, *range(1, len(blocks), every)], until=len(blocks) - 1))
+    assert schedule.before, "something runs again"
     for model in (plain, again):
-        model.dropout = 0.2
         model.counter.seed, model.counter.step = 9, 4
-        loss_of(model, tokens()).backward()
-        grads.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    loss_of(plain, tokens()).backward()
+    batch = tokens()
+    with Executor(schedule, funcs).forward():
+        loss = loss_of(again, batch)
+    loss.backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), again.parameters(), strict=True))
 
 
 def test_dropout_is_off_in_eval_and_on_in_train() -> None:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from rigs import make_rig, random_batch
 
-from lilliput.memory.meter import Meter
+from lilliput.base.errors import DoesNotFit, UserError
+from lilliput.memory.meter import Meter, storage_bytes
 from lilliput.models.sizes import PRESETS
+from lilliput.parallel.rig import Rig
 from lilliput.plan.ledgers import training_ledger
 from lilliput.train.remat import Remat
 
@@ -19,7 +21,7 @@ SPEC = replace(PRESETS["tiny"], vocab=64, dim=16, heads=2, kv_heads=2, head_dim=
 
 def metered(layers: int, every: object) -> tuple[int, Meter]:
     rooms = {"remat": Remat(every=every)} if every else {}
-    rig = make_rig(rooms, replace(SPEC, layers=layers))
+    rig = make_rig(rooms, replace(SPEC, layers=layers), sequences=4, tokens=64)
     batch = random_batch(64, micros=1, sequences=4, tokens=64)[0]
     with Meter(known=[*rig.model.parameters(), batch.tokens_BT, batch.targets_BT]) as meter:
         loss, _ = rig.objective(rig.model, batch)
@@ -50,10 +52,10 @@ def test_peak_grows_with_the_square_root_of_the_depth() -> None:
     assert metered(64, 1)[1].peak < peaks[64], "a decoder block keeps far more than its input, so segments of one are smallest"
 
 
-@pytest.mark.parametrize("every", [1, 2, 4, "sqrt"])
-def test_gradients_are_bitwise_those_of_the_plain_run_with_dropout(every: object) -> None:
+@pytest.mark.parametrize("knobs", [{"every": 1}, {"every": 2}, {"every": "sqrt"}, {"plan": "sqrt"}, {"plan": "selective"}, {"budget": "9MB"}], ids=str)
+def test_gradients_are_bitwise_those_of_the_plain_run_with_dropout(knobs: dict) -> None:
     gradients = []
-    for rooms in ({}, {"remat": Remat(every=every)}):
+    for rooms in ({}, {"remat": Remat(**knobs)}):
         rig = make_rig(rooms, PRESETS["tiny"], dropout=0.2)
         rig.model.train()
         for index, micro in enumerate(random_batch(1024)):
@@ -78,7 +80,83 @@ def test_the_predicted_peak_of_a_deep_model(every: int, micros: int) -> None:
     assert predicted == pytest.approx(meter.peak, rel=0.05)
 
 
+KINDS = [{"every": 1}, {"plan": "sqrt"}, {"plan": "selective"}, {"budget": "110MB"}]
+
+
+@pytest.mark.parametrize("micros", [1, 2])
+@pytest.mark.parametrize("knobs", KINDS, ids=str)
+def test_the_planned_peak_is_the_measured_one_to_the_byte(knobs: dict, micros: int) -> None:
+    rig = make_rig({"remat": Remat(**knobs)}, replace(PRESETS["llama-3m"], layers=6), sequences=4, tokens=128, micro_batches=micros)
+    first, *more = random_batch(65, micros=micros, sequences=4, tokens=128)
+    tensors = [t for m in (first, *more) for t in (m.tokens_BT, m.targets_BT)]
+    peaks = []
+    for micro in (first, *more):
+        grads = [p.grad for p in rig.model.parameters() if p.grad is not None]
+        with Meter(known=[*rig.model.parameters(), *grads, *tensors]) as meter:
+            loss, _ = rig.objective(rig.model, micro)
+            (loss / micro.weight).backward()
+        peaks.append(meter.peak)
+        del loss
+    assert peaks == [ready.simulation.peak["device"] for ready in rig.objective.ready.values()]
+    assert rig.plan.predicted["device peak"] == max(peaks)
+
+
+def test_selective_by_closed_forms() -> None:
+    rooms = {"remat": Remat(plan="selective")}
+    for spec in (replace(PRESETS["llama-3m"], layers=12, dim=128, head_dim=32, ffn=320), PRESETS["gpt-nano"]):
+        spec = replace(spec, layers=6, vocab=65)
+        rig = make_rig(rooms, spec, sequences=8, tokens=64)
+        batch = random_batch(65, micros=1, sequences=8, tokens=64)
+        ledger = training_ledger(rig.facts, rig.site, rooms, "fp32", 1)
+        with Meter(known=[*rig.model.parameters(), batch[0].tokens_BT, batch[0].targets_BT]) as meter:
+            rig.schedule(rig, batch, batch[0].weight)
+        predicted = ledger.peak()[0] - ledger.bytes("parameters") - ledger.bytes("optimizer")
+        assert predicted == pytest.approx(meter.peak, rel=0.10)
+
+
+def test_a_budget_holds_is_used_and_is_refused_before_training() -> None:
+    spec = replace(PRESETS["llama-3m"], layers=6)
+    shape = {"sequences": 4, "tokens": 128}
+    plain = make_rig({}, spec, **shape)
+    state = storage_bytes([*plain.model.parameters(), *plain.optimizer.state().values()])
+    batch = random_batch(65, micros=1, **shape)
+
+    def peak(rig: Rig) -> int:
+        with Meter(known=[*rig.model.parameters(), batch[0].tokens_BT, batch[0].targets_BT]) as meter:
+            rig.schedule(rig, batch, batch[0].weight)
+        for p in rig.model.parameters():
+            p.grad = None
+        return meter.peak
+
+    whole = state + peak(plain)
+    with pytest.raises(DoesNotFit, match="no memory plan fits in 1MB") as refused:
+        make_rig({"remat": Remat(budget="1MB")}, spec, **shape)
+    least = int(refused.value.fix.split("=")[1].split("B")[0])
+    assert least == refused.value.needs and "weights, optimizer take" in refused.value.why
+    for budget in (least, (least + whole) // 2, whole + 64):  # 64: the schedule's own scalars
+        used = state + peak(make_rig({"remat": Remat(budget=str(budget))}, spec, **shape))
+        assert used <= budget + 64
+        assert used > 0.9 * budget
+    with pytest.raises(DoesNotFit):
+        make_rig({"remat": Remat(budget=str(least - 1))}, spec, **shape)
+
+
+def test_a_smaller_batch_runs_under_the_plan_and_a_larger_one_gets_its_own() -> None:
+    rig, plain = (make_rig(rooms, sequences=2, tokens=32) for rooms in ({"remat": Remat(every=1)}, {}))
+    for sequences, tokens, plans in ((2, 32, 1), (1, 20, 1), (3, 40, 2)):
+        micro = random_batch(1024, micros=1, sequences=sequences, tokens=tokens)[0]
+        for r in (rig, plain):
+            r.objective(r.model, micro)[0].backward()
+        assert len(rig.objective.ready) == plans
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(rig.model.parameters(), plain.model.parameters(), strict=True))
+        for r in (rig, plain):
+            r.model.zero_grad()
+
+
 def test_refusals_say_why() -> None:
+    assert "remat.budget" in Remat(plan="budget").refuses({}, make_rig({}).facts)
+    with pytest.raises(UserError, match="no number of bytes"):
+        make_rig({"remat": Remat(budget="much")})
     facts = make_rig({}).facts
     assert "9" in Remat(every=9).refuses({}, facts) and "4 blocks" in Remat(every=9).refuses({}, facts)
     assert Remat(every=4).refuses({}, facts) is None

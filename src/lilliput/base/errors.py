@@ -25,9 +25,13 @@ class UserError(Exception):
 
 
 class DoesNotFit(UserError):
-    """The plan needs more bytes than the device has (exit code 3)."""
+    """The plan needs more bytes than the device has (exit code 3). `needs`: the least bytes that would do, 0 = not known."""
 
     exit_code = DOES_NOT_FIT
+
+    def __init__(self, what: str, why: str = "", fix: str = "", needs: int = 0) -> None:
+        super().__init__(what, why, fix)
+        self.needs = needs
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

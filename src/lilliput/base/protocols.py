@@ -41,6 +41,7 @@ class Site:
     sequences: int = 1  # per micro-batch
     tokens: int = 1024  # per sequence
     element: int = 4  # bytes of a stored weight (4 fp32, 2 bf16); compute and activations are fp32 on CPUs
+    micro_batches: int = 1  # of one optimizer step
 
 
 class Strategy(Protocol):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -186,6 +187,15 @@ def size(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.{3 if abs(count) < 999.5 else 4}g} {unit}"
         count /= 1024
     return f"{count:.3g} TiB"
+
+
+def parse_size(text: str) -> int:
+    """The bytes of "600MB", "1.5 GiB", "4096": KB, MB, GB, TB count in thousands, KiB and so on in 1,024s. UserError for anything else."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT]?)(i?)B)?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise UserError(f"`{text}` is no number of bytes", fix="600MB, 1.5GiB or a plain number")
+    number, unit, binary = found.groups()
+    return round(float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(unit.upper()) if unit else 0))
 
 
 def count(value: float) -> str:

@@ -118,6 +118,9 @@ class _Loop:
         self.stream, self.held = self._open(open_data, data, spec.context)
         self.rig = self._assemble(spec, checkpoint, data.sequence)
         self.identity = self._identity(spec)
+        if self.rig.plan is not None:
+            records.atomic_write(self.run.folder / "memory.json", self.rig.plan.to_json())
+            self.show.line(f"memory: {self.rig.plan.planner} ({self.run.folder / 'memory.json'})")
 
     def _open(self, open_data: Any, data: Any, context: int) -> tuple[Any, Any]:
         with ExitStack() as stack:

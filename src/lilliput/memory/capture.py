@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
@@ -134,7 +134,7 @@ class Recorder(TorchDispatchMode):
             return handle
         self.events.append((UNPACK, handle.k))
         shape, stride, dtype, device = handle.metadata
-        with torch.utils._python_dispatch._disable_current_modes(), self._fake:
+        with _disable_current_modes(), self._fake:
             given = torch.empty_strided(shape, stride, dtype=dtype, device=device)
         storage = given.untyped_storage()
         self._ids[storage._cdata] = self.packs[handle.k]
@@ -176,23 +176,25 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
     return found
 
 
-def fakes(model: nn.Module, inputs: Any, mode: FakeTensorMode, device: torch.device, gradients: bool) -> tuple[nn.Module, Any, dict[int, tuple[str, str]]]:
+def fakes(model: nn.Module, inputs: Any, mode: FakeTensorMode, device: torch.device, gradients: bool,
+          dtype: Callable[[str], torch.dtype] | None) -> tuple[nn.Module, Any, dict[int, tuple[str, str]]]:  # fmt: skip
     """A twin of the model and of its inputs without memory, and storage key -> (name, kind) of each of its tensors."""
     memo: dict[int, Any] = {}
     named: dict[int, tuple[str, str]] = {}
 
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
+    def fake(tensor: torch.Tensor, kind: torch.dtype | None = None) -> torch.Tensor:
         where = device if tensor.device.type == "meta" else tensor.device
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind or tensor.dtype, device=where)
 
     with mode:
         for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
             for name, tensor in tensors:
-                twin = fake(tensor)
+                stored = dtype(name) if dtype is not None and tensor.device.type == "meta" else tensor.dtype
+                twin = fake(tensor, stored)
                 if kind == "parameter":
                     twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
                     if gradients and tensor.requires_grad:
-                        twin.grad = fake(tensor)
+                        twin.grad = fake(tensor, stored)
                         named[twin.grad.untyped_storage()._cdata] = (f"gradient of {name}", "gradient")
                 memo[id(tensor)] = twin
                 named[twin.untyped_storage()._cdata] = (name, "parameter")
@@ -202,25 +204,28 @@ def fakes(model: nn.Module, inputs: Any, mode: FakeTensorMode, device: torch.dev
     return copy.deepcopy(model, memo), given, named
 
 
-def capture(model: nn.Module, step: Step, inputs: Sequence[Any], *, gradients: bool = False, device: str = "cpu") -> tuple[Trace, list[Any]]:
-    """(trace, operation objects) of `step(model, *inputs).backward()`; step gives a scalar.
+def capture(model: nn.Module, step: Step, inputs: Sequence[Any], *, gradients: bool = False, device: str = "cpu",
+            dtype: Callable[[str], torch.dtype] | None = None,
+            then: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss) -> tuple[Trace, list[Any]]:  # fmt: skip
+    """(trace, operation objects) of `then(step(model, *inputs)).backward()`; both give a scalar, and an executor's `forward` stands around `step`.
 
-    gradients: every parameter has a gradient already (a second micro-batch). device: where parameters on meta will lie.
+    gradients: every parameter has a gradient already (a second micro-batch). device, dtype(name): where and how parameters on meta will lie.
     UserError for a step whose saved tensors are changed afterwards, or that reads values (a fake tensor has none).
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    twin, given, named = fakes(model, tuple(inputs), mode, torch.device(device), gradients)
+    with _disable_current_modes():  # whoever counts operations outside does not count these
+        twin, given, named = fakes(model, tuple(inputs), mode, torch.device(device), gradients, dtype)
     recorder = Recorder(named)
     recorder._fake = mode
     for path, module in twin.named_modules():
         module.register_forward_pre_hook(lambda *_, path=path: recorder.path.append(path))
         module.register_forward_hook(lambda *_: recorder.path.__delitem__(-1), always_call=True)
     try:
-        with mode, recorder:
+        with _disable_current_modes(), mode, recorder:
             with saved_tensors_hooks(recorder.pack, recorder.unpack):
                 loss = step(twin, *given)
             recorder.forward, forwards = False, len(recorder.ops)
-            loss.backward()
+            then(loss).backward()
     except torch._subclasses.fake_tensor.DataDependentOutputException as error:
         raise UserError("the step reads the value of a tensor", str(error), "plan only what has no .item(), nonzero or Python branch on values") from error
     recorder.refuse_changes()

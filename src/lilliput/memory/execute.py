@@ -7,12 +7,13 @@
 The same kernels run again on the same bytes, so loss and gradients are bitwise those of the plain run. The cost of watching is
 about 5 us an operation forward. torch runs only the innermost pair of saved-tensor hooks: no other file may install any.
 Random numbers: a generator's state is kept for each operation to run again (5 KB on the host, not in any tier).
-A model that does other operations than it was planned for is refused at the first one that differs.
+A model that does other operations than it was planned for is refused at the first one that differs, and so is a larger batch; a
+smaller one that does the same operations runs under the same plan, in fewer bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-from torch.utils.checkpoint import checkpoint
 
 from lilliput.base.errors import UserError
 from lilliput.memory.capture import STATISTICS
@@ -31,6 +31,10 @@ from lilliput.memory.trace import UNPACK
 
 AGAIN = "plan again for this model and batch shape"
 CODECS = {"bf16": torch.bfloat16}
+
+
+class Mismatch(UserError):
+    """The run is not the one that was planned. Nothing was changed yet: plan again and run the forward pass again."""
 
 
 class Executor:
@@ -57,7 +61,7 @@ class Executor:
         with step, saved_tensors_hooks(step.pack, step.unpack):
             yield
         if step.at != self.schedule.trace.forwards:
-            raise UserError("the forward pass ended early", f"it ran {step.at} operations, planned were {self.schedule.trace.forwards}", AGAIN)
+            raise Mismatch("the forward pass ended early", f"it ran {step.at} operations, planned were {self.schedule.trace.forwards}", AGAIN)
 
 
 class _Saved:
@@ -106,6 +110,7 @@ class _Step(TorchDispatchMode):
         self.leaving: dict[int, Any] = {}
         self.coming: dict[int, Any] = {}
         self.encoded: dict[int, torch.Tensor] = {}
+        self.sizes: dict[int, int] = {}  # bytes of what was sent away
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Check the operation, keep what it takes to run it again, run it."""
@@ -114,7 +119,7 @@ class _Step(TorchDispatchMode):
             return func(*args, **kwargs)
         if number >= self.trace.forwards or self.owner.funcs[number] is not func:
             planned = self.trace.ops[number].name if number < self.trace.forwards else "the end"
-            raise UserError("the model does not do what was planned", f"operation {number} is {func}, planned was {planned}", AGAIN)
+            raise Mismatch("the model does not do what was planned", f"operation {number} is {func}, planned was {planned}", AGAIN)
         if number in self.schedule.record:
             self.record(number, args, kwargs)
         result = func(*args, **kwargs)
@@ -159,8 +164,8 @@ class _Step(TorchDispatchMode):
         """What autograd keeps of its next saved tensor."""
         k, self.packed = self.packed, self.packed + 1
         storage = self.trace.packs[k] if k < len(self.trace.packs) else None
-        if storage is None or (storage >= 0 and self.trace.storages[storage].bytes != tensor.untyped_storage().nbytes()):
-            raise UserError("autograd saves other tensors than planned", f"saved tensor {k} has {tensor.untyped_storage().nbytes()} bytes", AGAIN)
+        if storage is None or (storage >= 0 and self.trace.storages[storage].bytes < tensor.untyped_storage().nbytes()):
+            raise Mismatch("autograd saves other tensors than planned", f"saved tensor {k} has {tensor.untyped_storage().nbytes()} bytes", AGAIN)
         if storage < 0 or self.trace.storages[storage].external:
             return tensor
         if k in self.schedule.first:
@@ -174,6 +179,7 @@ class _Step(TorchDispatchMode):
     def send(self, storage: int, tensor: torch.Tensor) -> None:
         """Begin to write a storage to its tier, or encode it where it is."""
         decision, held = self.schedule.of(storage), self.here.setdefault(storage, tensor.untyped_storage())
+        self.sizes[storage] = held.nbytes()
         with torch.no_grad(), self.quiet():
             flat = torch.empty(0, dtype=tensor.dtype if decision.codec != "exact" else torch.uint8, device=tensor.device)
             flat = flat.set_(held, 0, (held.nbytes() // flat.element_size(),), (1,))
@@ -229,7 +235,7 @@ class _Step(TorchDispatchMode):
 
     def fetch(self, storage: int, like: _Saved) -> None:
         """Begin to bring a storage back."""
-        size, decision = self.trace.storages[storage].bytes, self.schedule.of(storage)
+        size, decision = self.sizes[storage], self.schedule.of(storage)
         if decision.codec == "exact":
             back = torch.empty(size, dtype=torch.uint8, device=like.device)
             self.coming[storage] = self.owner.stores[decision.tier].read(storage, back)
@@ -301,30 +307,3 @@ def _generator(state: torch.Tensor | None) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(now)
-
-
-Step = Callable[[int, Any, torch.Tensor], torch.Tensor]
-Walk = Callable[[Sequence[Any], torch.Tensor, Step], torch.Tensor]
-
-
-def recompute_every(every: int) -> Walk:
-    """A walk over blocks in segments of `every`; each segment is one recomputed unit.
-
-    walk(blocks, x_BTC, step) -> x_BTC where step(index, block, x_BTC) runs one block. Values and gradients are bitwise
-    those of the plain loop. Without gradients it is the plain loop.
-    """
-
-    def walk(blocks: Sequence[Any], x_BTC: torch.Tensor, step: Step) -> torch.Tensor:
-        def segment(x: torch.Tensor, first: int) -> torch.Tensor:
-            for index in range(first, min(first + every, len(blocks))):
-                x = step(index, blocks[index], x)
-            return x
-
-        for first in range(0, len(blocks), every):
-            if torch.is_grad_enabled():
-                x_BTC = checkpoint(segment, x_BTC, first, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BTC = segment(x_BTC, first)
-        return x_BTC
-
-    return walk

@@ -93,10 +93,10 @@ class Trace:
         return {k: at for at, (kind, k) in enumerate(self.events) if kind == UNPACK}
 
 
-def closure(trace: Trace, targets: Iterable[int], available: Callable[[int], bool]) -> tuple[list[int], set[int]]:
+def closure(trace: Trace, targets: Iterable[int], available: Callable[[int], bool], strict: bool = True) -> tuple[list[int], set[int]]:
     """(operations to run again in order, storages they read from what is there) to have the targets again.
 
-    available(s): the last version of s is in memory. UserError when an operation on the way cannot run again.
+    available(s): the last version of s is in memory. strict: UserError when an operation on the way cannot run again.
     """
     needed, sources, stack, seen = set(), set(), [(t, len(trace.ops)) for t in targets], set()
     while stack:
@@ -108,7 +108,7 @@ def closure(trace: Trace, targets: Iterable[int], available: Callable[[int], boo
             if writer >= before or writer in needed:
                 continue
             op = trace.ops[writer]
-            if not op.replayable:
+            if strict and not op.replayable:
                 raise UserError(f"{trace.storages[storage].name} cannot be recomputed", f"operation {writer} ({op.name}) cannot run twice", "keep it")
             needed.add(writer)
             for read in (*op.reads, *op.writes):

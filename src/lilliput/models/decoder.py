@@ -3,9 +3,8 @@
     tokens -> embed (+ positions) -> dropout -> Block x layers -> norm -> head -> logits (fp32)
     pre-norm Block:   x + attn(norm(x));  x + mlp(norm(x))          post-norm:  norm(x + attn(x));  norm(x + mlp(x))
 
-Three seams, all plain attributes or arguments:
+Two seams, all plain attributes or arguments:
     attend   (layer, q, k, v, window) -> o    where a serving runner puts its cache; default: causal attention
-    walk     (blocks, x, step) -> x           how blocks are run one after another; recomputation replaces it
     deltas   on each Linear (layers.py)
 
 RoPE tables and window masks are made once a forward and shared by all layers. Built on the meta device it holds no
@@ -14,8 +13,7 @@ memory; built elsewhere its weights are uninitialised until init_weights or a ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +31,6 @@ from lilliput.ops.dropout import Counter, Dropout
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, int | None], Tensor]
 Tables = tuple[Tensor, Tensor] | None
-Step = Callable[[int, Any, Tensor], Tensor]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -108,21 +105,13 @@ class Block(nn.Module):
         return x_BTC + self.mlp_dropout(self.mlp(self.mlp_norm(x_BTC)))
 
 
-def walk_plain(blocks: Sequence[Any], x_BTC: Tensor, step: Step) -> Tensor:
-    """Run the blocks one after another; step(index, block, x) runs one."""
-    for index, block in enumerate(blocks):
-        x_BTC = step(index, block, x_BTC)
-    return x_BTC
-
-
 class Decoder(nn.Module):
-    """The model of a spec. `spec` and `facts` describe it; `counter` places dropout's masks; `walk` runs the blocks."""
+    """The model of a spec. `spec` and `facts` describe it; `counter` places dropout's masks."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.spec, self.facts = spec, facts(spec)
         self.counter = Counter()
-        self.walk: Callable[[Sequence[Any], Tensor, Step], Tensor] = walk_plain
         wide = spec.embed_dim or spec.dim
         self.embed = Embedding(spec.vocab, wide)
         self.project_in = Linear(wide, spec.dim) if spec.embed_dim else None
@@ -171,7 +160,8 @@ class Decoder(nn.Module):
         x_BTC = self.embed_dropout(x_BTC)
         tables = None if self._angles is None else rope.tables(self._angles, positions_BT, self.spec.rope.attention_factor, x_BTC.dtype)
         see = attend or self._causal(tokens, x_BTC)
-        x_BTC = self.walk(list(self.layers), x_BTC, lambda index, block, x: block(x, tables, see))
+        for block in self.layers:
+            x_BTC = block(x_BTC, tables, see)
         if self.norm is not None:
             x_BTC = self.norm(x_BTC)
         return x_BTC if self.project_out is None else self.project_out(x_BTC)

@@ -52,7 +52,7 @@ class Sums:
 class Rig:
     """Frozen; rooms replace fields. A field is empty until its phase."""
 
-    model: Any  # an nn.Module that states `facts` and `spec` and carries a dropout `counter` and a `walk` over its blocks
+    model: Any  # an nn.Module that states `facts` and `spec` and carries a dropout `counter`
     facts: Facts
     site: Site
     device: torch.device
@@ -65,6 +65,7 @@ class Rig:
     counter: Counter  # keys dropout; the rig sets it, the model's modules read it
     clip: float = 0.0
     optimizer: AdamW | None = None
+    plan: Any = None  # the MemoryPlan that the step is carried out under, where a room made one
     exports: Mapping[str, Callable[[Rig, Path], None]] = field(default_factory=dict)  # folder name -> writer
     weight: Callable[[Rig, str], torch.Tensor] = lambda rig, name: rig.model.get_parameter(name).detach()  # as files hold it
 

@@ -48,7 +48,7 @@ class Trial:
     @property
     def site(self) -> Site:
         """Where it runs, and the shape of a micro-batch."""
-        return Site(self.hardware, {}, self.sequences, self.tokens, ELEMENT[self.dtype])
+        return Site(self.hardware, {}, self.sequences, self.tokens, ELEMENT[self.dtype], self.micro_batches)
 
     @property
     def micro_batches(self) -> int:

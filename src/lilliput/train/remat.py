@@ -1,12 +1,16 @@
-"""Gradient checkpointing: keep the input of every k-th block, recompute the rest in the backward pass.
+"""Gradient checkpointing: keep some of what the forward pass makes, run the rest again in the backward pass.
 
-Idea: of n blocks only n/k inputs are kept, and while one segment runs backward, its k blocks are alive again:
-bytes = n/k inputs + k blocks. Where a layer keeps one tensor the size of its input (the paper's case) that is smallest
-at k = sqrt(n). A decoder block keeps 10 to 20 times its input, so there k = 1 is smallest; a larger k costs no time.
-Each forward op runs once more: about a third more flops. Values and gradients are bitwise those of the plain run.
-Skip it when activations are not what fills the memory: `lilliput plan` shows the terms.
+    plan = "every"      segments of `every` blocks keep only what enters them: n/k inputs + k blocks
+    plan = "sqrt"       k = sqrt(n), the paper's choice: smallest where a layer keeps one tensor the size of its input
+    plan = "selective"  what products made stays; norms, activations and attention run again
+    budget = "600MB"    the fastest of some fifty plans (those above, Chen's own planner, recursion, a dynamic program over the blocks) whose
+                        peak, to the byte, is within the budget for weights, gradients, optimizer and activations together
 
-Chen, Xu, Zhang, Guestrin 2016, arXiv 1604.06174, section 4.1. Published: a 1000-layer ResNet from 48 GB to 7 GB at 30 % more time.
+A decoder block keeps 10 to 20 times its input, so there k = 1 is smallest; a larger k costs no time. Running all blocks again is a
+third more flops. Values and gradients are bitwise those of the plain run, dropout included. A budget that no plan meets is refused
+before training, with the smallest one that is met. Skip it when activations are not what fills the memory: `lilliput plan` shows the terms.
+
+Chen, Xu, Zhang, Guestrin 2016, arXiv 1604.06174. Published: a 1000-layer ResNet from 48 GB to 7 GB at 30 % more time.
 """
 
 from __future__ import annotations
@@ -19,12 +23,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from lilliput.base.config import Section
+from lilliput.base.errors import DoesNotFit
 from lilliput.base.facts import Facts
-from lilliput.base.ledger import Ledger, Term
+from lilliput.base.ledger import Ledger, Moment, Term
 from lilliput.base.protocols import Phase, Site
+from lilliput.base.show import parse_size, size
 
 if TYPE_CHECKING:
+    from lilliput.memory.trace import Trace
     from lilliput.parallel.rig import Rig
+
+MOMENTS = 8  # bytes of optimizer state a trainable parameter
+BLOCKS = "layers.*"  # the part of facts.chain that is planned block by block
 
 
 class Remat(Section):
@@ -32,44 +42,117 @@ class Remat(Section):
 
     needs: ClassVar[tuple[str, ...]] = ()
 
+    plan: Literal["every", "sqrt", "selective", "budget"] = Field("every", description="what is kept; a budget makes it `budget`")
     every: int | Literal["sqrt"] = Field(1, description="blocks in one recomputed segment; sqrt = the square root of the depth")
+    budget: str = Field("", description="bytes for weights, gradients, optimizer and activations: 600MB, 2GiB")
+
+    @property
+    def kind(self) -> str:
+        """The plan that is meant."""
+        return "budget" if self.budget else self.plan
 
     def acts(self) -> Mapping[Phase, Callable[[Rig], Rig]]:
-        """Replaces the walk over blocks."""
+        """Runs the objective under a memory plan."""
         return {Phase.REMAT: self.recompute}
 
     def refuses(self, others: Mapping[str, Any], facts: Facts) -> str | None:
-        """Refuses a model that is not a chain of blocks, and segments longer than the chain."""
+        """Refuses a model that is not a chain of blocks, segments longer than the chain, and a budget without bytes."""
         if facts.layers < 1:
             return f"the {facts.family} model states no chain of blocks (facts.layers)"
         if self.every != "sqrt" and not 1 <= self.every <= facts.layers:
             return f"remat.every={self.every}, but the model has {facts.layers} blocks"
+        if self.kind == "budget" and not self.budget:
+            return "remat.plan=budget needs remat.budget=600MB, or another number of bytes"
         return None
 
     def segment(self, facts: Facts) -> int:
-        """Blocks in one segment."""
-        return round(math.sqrt(facts.layers)) if self.every == "sqrt" else self.every
+        """Blocks in one segment of the plans `every` and `sqrt`."""
+        return round(math.sqrt(facts.layers)) if "sqrt" in (self.plan, self.every) else int(self.every)
 
     def cost(self, ledger: Ledger, facts: Facts, site: Site) -> Ledger:
-        """Saved block terms shrink from all blocks to one segment; the inputs of the segments and a second forward come in."""
-        every = self.segment(facts)
-        for name, term in ledger.terms.items():
-            if term.blocks:
-                ledger = ledger.put(**{name: replace(term, size=term.size * every // term.blocks, blocks=every, moments=("backward",))})
-        width = facts.shapes["embed.weight"][1]
-        inputs, each = math.ceil(facts.layers / every), site.sequences * site.tokens * width * 4
-        again = ledger.terms["forward"].flops
-        return ledger.put(
-            **{
-                "activations.segment inputs": Term(size=each * (inputs - 1), flops=again, moments=("forward", "backward"), falling=True),
-                # in the backward pass the last segment's input is one of the tensors that its blocks keep
-                "activations.last segment input": Term(size=each, moments=("forward",)),
-            }
-        )
+        """Closed forms. Block terms shrink from all blocks to what is kept and one segment; inputs and what runs again come in.
+
+        A budget takes the fewest blocks again that meet it by these forms; the run itself plans to the byte.
+        """
+        if self.kind == "selective":
+            return self.without_cheap(ledger, facts, site)
+        if self.kind != "budget":
+            return shrunk(ledger, facts, site, self.segment(facts), facts.layers)
+        limit = parse_size(self.budget)
+        options = [ledger, *(shrunk(ledger, facts, site, 1, again) for again in range(1, facts.layers + 1))]
+        return next((option for option in options if option.peak()[0] <= limit), options[-1])
+
+    def without_cheap(self, ledger: Ledger, facts: Facts, site: Site) -> Ledger:
+        """Normed inputs, the attention's output, the activation and its product with the gate leave; attention's flops come again."""
+        assert facts.flops is not None, "the base ledger was made from them"
+        block = {n: t for n, t in ledger.terms.items() if t.blocks}
+        gone = [n for n in block if n.removeprefix("activations.") in ("attention input", "mlp input", "mlp product", "attention output")]
+        kept = {n: t for n, t in block.items() if n not in gone}
+        if "activations.mlp" in kept and "activations.mlp product" in block and kept["activations.mlp"].size > block["activations.mlp product"].size:
+            kept["activations.mlp"] = replace(kept["activations.mlp"], size=kept["activations.mlp"].size - block["activations.mlp product"].size)
+        tokens = site.sequences * site.tokens
+        again = facts.flops(tokens, site.tokens) - facts.flops(tokens, 1)  # what depends on the context: attention's products
+        largest = max((block[n].size // facts.layers for n in gone), default=0)
+        return ledger.drop(*gone).put(**kept, **{"transient.one tensor again": Term(largest, flops=again, moments=("backward",))})
 
     def recompute(self, rig: Rig) -> Rig:
-        """Let the model walk its blocks in recomputed segments."""
-        from lilliput.memory.execute import recompute_every
+        """Plan for the job's batch shape now, so that what does not fit is refused before anything is loaded; then run under the plan."""
+        import torch
 
-        rig.model.walk = recompute_every(self.segment(rig.facts))
-        return rig
+        from lilliput.data.batch import MicroBatch
+        from lilliput.memory.planned import Planned
+        from lilliput.models.checkpoints import STORED
+
+        stored = lambda name: getattr(torch, STORED[rig.home(name).codec][0])
+        standing = sum(p.numel() * (stored(n).itemsize + (MOMENTS if p.requires_grad else 0)) for n, p in rig.model.named_parameters())
+        planned = Planned(rig.objective, lambda trace: self.choose(trace, rig, standing), str(rig.device), stored)
+        tokens_BT = torch.empty(rig.site.sequences, rig.site.tokens, dtype=torch.int64, device="meta")
+        micro = MicroBatch(tokens_BT, tokens_BT.clone(), tokens_BT.numel())
+        made = [planned.prepare(rig.model, micro, gradients) for gradients in ((False, True) if rig.site.micro_batches > 1 else (False,))]
+        return replace(rig, objective=planned, plan=max(made, key=lambda ready: ready.simulation.peak["device"]).plan)
+
+    def choose(self, trace: Trace, rig: Rig, standing: int) -> tuple[str, Mapping[int, Any]]:
+        """(name, decisions) for one trace; standing: bytes of weights and optimizer. DoesNotFit where no plan meets the budget."""
+        from lilliput.memory.planners.budget import frontier
+        from lilliput.memory.planners.chain import chain, entries
+        from lilliput.memory.planners.selective import selective
+        from lilliput.memory.planners.sqrt import segments
+        from lilliput.memory.profile import estimate
+
+        estimate(trace, rig.site.hardware)
+        blocks = chain(trace, entries(trace, BLOCKS))
+        if self.kind == "selective":
+            return "selective", selective(trace, but={s for stage in blocks.stages for s in stage.boundary})
+        if self.kind == "budget":
+            gradients = sum(s.bytes for s in trace.storages if s.external and s.kind == "gradient")
+            room = parse_size(self.budget) - standing - gradients
+            try:
+                option = frontier(trace).pick({"device": max(0, room)})
+            except DoesNotFit as fault:
+                least = fault.needs + standing + gradients
+                why = f"weights, optimizer{' and gradients' if gradients else ''} take {size(standing + gradients)}; {fault.why}"
+                raise DoesNotFit(f"no memory plan fits in {self.budget}", why, f"remat.budget={least}B, or a smaller train.micro_batch", least) from None
+            return option.name, option.decisions
+        every = self.segment(rig.facts)
+        return f"segments of {every} blocks", segments(blocks, [0, *range(1, len(blocks), every)], until=len(blocks) - 1)
+
+
+def shrunk(ledger: Ledger, facts: Facts, site: Site, every: int, again: int) -> Ledger:
+    """The ledger when the first `again` blocks keep only what enters each segment of `every` of them, and run once more."""
+    kept = facts.layers - again
+    for name, term in ledger.terms.items():
+        if term.blocks:
+            alive = max(kept, every)
+            moments: tuple[Moment, ...] = ("forward", "backward") if kept else ("backward",)
+            ledger = ledger.put(**{name: replace(term, size=term.size * alive // term.blocks, blocks=alive, moments=moments)})
+    width = facts.shapes["embed.weight"][1]
+    inputs, each = math.ceil(again / every), site.sequences * site.tokens * width * 4
+    return ledger.put(
+        **{
+            "activations.segment inputs": Term(
+                size=each * (inputs - 1), flops=ledger.terms["forward"].flops * again / facts.layers, moments=("forward", "backward"), falling=True
+            ),
+            # in the backward pass the last segment's input is one of the tensors that its blocks keep
+            "activations.last segment input": Term(size=each, moments=("forward",)),
+        }
+    )

@@ -58,14 +58,15 @@ class Frontier:
         others = {t: b for t, b in budget.items() if t != "device"}
         allowed = [o for o in self.options if all(o.simulation.peak.get(t, 0) <= b for t, b in others.items())]
         small = min(allowed or self.options, key=lambda o: o.peak)
-        why = f"of {self.tried} plans the smallest ({small.name}) needs {size(small.peak)} ({small.peak:,} bytes) beside weights and optimizer"
-        raise DoesNotFit(f"no plan fits in {size(budget['device'])}", why, f'remat.budget="{small.peak}B", or a smaller micro-batch')
+        why = f"of {self.tried} plans the smallest ({small.name}) needs {size(small.peak)} ({small.peak:,} bytes)"
+        raise DoesNotFit(f"no plan fits in {size(budget['device'])}", why, f"a budget of {small.peak}B, or a smaller batch", small.peak)
 
-    def plan(self, option: Option, budget: Mapping[str, int] | None = None) -> MemoryPlan:
-        """An option as the plan that is written down."""
-        rows = {f"{s.index} {s.name}": Row(s.bytes, option.decisions.get(s.index, KEEP)) for s in self.trace.saved()}
-        predicted = {f"{tier} peak": float(peak) for tier, peak in option.simulation.peak.items()} | {"seconds": option.simulation.seconds}
-        return MemoryPlan(self.trace.digest(), option.name, rows, dict(budget or {}), predicted)
+
+def written(trace: Trace, name: str, decisions: Mapping[int, Decision], simulation: Simulation) -> MemoryPlan:
+    """Decisions as the plan that is written down."""
+    rows = {f"{s.index} {s.name}": Row(s.bytes, decisions.get(s.index, KEEP)) for s in trace.saved()}
+    predicted = {f"{tier} peak": float(peak) for tier, peak in simulation.peak.items()} | {"seconds": simulation.seconds}
+    return MemoryPlan(trace.digest(), name, rows, {}, predicted)
 
 
 def frontier(trace: Trace, rates: Rates = Rates(), tiers: Sequence[Tier] = ()) -> Frontier:

@@ -11,6 +11,7 @@ again together at the first of them that the backward pass asks for.
 from __future__ import annotations
 
 import bisect
+import fnmatch
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -131,6 +132,19 @@ def cuts(trace: Trace) -> list[int]:
         if narrow == valleys:
             return valleys
         valleys = narrow
+
+
+def entries(trace: Trace, modules: str) -> list[int]:
+    """The first operation in each module that matches a pattern ("layers.*": one level), and the first after the last of them."""
+    first: dict[str, int] = {}
+    depth = modules.count(".") + 1
+    last = 0
+    for op in trace.ops[: trace.forwards]:
+        path = ".".join(op.module.split(".")[:depth])
+        if fnmatch.fnmatchcase(path, modules):
+            first.setdefault(path, op.index)
+            last = op.index + 1
+    return [*first.values(), last]
 
 
 def chain(trace: Trace, at: Sequence[int] | None = None) -> Chain:
