@@ -41,10 +41,11 @@ def run() -> Finding:
     once_more = all(row["forwards, sqrt"] <= 2 * row["layers"] for row in rows)
     logarithm = all(row["forwards, recursive"] <= row["layers"] * (math.ceil(math.log2(row["layers"])) + 1) for row in rows)
     summary = (
-        f"from {DEPTHS[0]} to {DEPTHS[-1]} layers the peak grows as n^{plain:.2f} plain, as sqrt(n) within {spread:.1%} in sqrt(n) segments, and from "
-        f"{rows[0]['recursive']:.0f} to {last['recursive']:.0f} activations by recursion; at {DEPTHS[-1]} layers {last['plain']:.0f}, {last['sqrt']:.0f} and "
-        f"{last['recursive']:.0f} activations for {last['forwards, sqrt'] / last['layers']:.2f} and {last['forwards, recursive'] / last['layers']:.2f} forwards "
-        f"a layer; predicted bytes are {'the measured ones' if exact else 'NOT the measured ones'}, gradients {'bitwise equal' if same else 'NOT equal'}"
+        f"from {DEPTHS[0]} to {DEPTHS[-1]} layers the peak grows as n^{plain:.2f} plain, as sqrt(n) within {spread:.1%} in sqrt(n) segments, and "
+        f"from {rows[0]['recursive']:.0f} to {last['recursive']:.0f} activations by recursion; "
+        f"at {DEPTHS[-1]} layers {last['plain']:.0f}, {last['sqrt']:.0f} and {last['recursive']:.0f} activations for "
+        f"{last['forwards, sqrt'] / last['layers']:.2f} and {last['forwards, recursive'] / last['layers']:.2f} forwards a layer; "
+        f"predicted bytes are {'the measured ones' if exact else 'NOT the measured ones'}, gradients {'bitwise equal' if same else 'NOT equal'}"
     )
     return Finding(summary, tuple(rows), 0.9 < plain < 1.1 and spread < 0.08 and once_more and logarithm and same and exact)
 
