@@ -213,7 +213,7 @@ def test_responses(client) -> None:
     with client.responses.stream(model="tiny", input="Hello", max_output_tokens=8, temperature=0, instructions="Be brief.") as stream:
         events = list(stream)
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == answer.output_text
-    assert [event.sequence_number for event in events if hasattr(event, "sequence_number")] == sorted(event.sequence_number for event in events)
+    assert [event.sequence_number for event in events] == list(range(len(events)))
     tool = {"type": "function", "name": "weather", "parameters": CITY, "strict": True}
     called = client.responses.create(model="tiny", input="Hello", tools=[tool], tool_choice="required", parallel_tool_calls=False, max_output_tokens=80)
     (call,) = called.output
@@ -295,6 +295,13 @@ def test_what_a_client_sees_of_errors(server: Running, client) -> None:
     assert raw(server, "/nothing")[0] == 404 and raw(server, "/v1/models", key=None)[0] == 401 and raw(server, "/metrics", key=None)[0] == 401
     assert raw(server, "/health", key=None, headers={"Host": "evil.example"})[0] == 403
     assert raw(server, "/health", key=None, headers={"Host": "localhost:1234"})[0] == 200
+
+
+def test_what_forbids_every_token_is_the_clients_fault(server: Running) -> None:
+    first = server.served.tokenizer.encode("y")[0]
+    body = {"messages": HELLO, "structured_outputs": {"regex": "y"}, "logit_bias": {str(first): -100}, "max_tokens": 3}
+    status, told = raw(server, "/v1/chat/completions", body)
+    assert status == 400 and "forbid all" in told["error"]["message"]
 
 
 def test_a_body_without_a_length_is_counted_too(server: Running) -> None:

@@ -134,7 +134,7 @@ def test_markdown_becomes_nodes_and_never_html(page) -> None:
     for part in ("<h3>Title</h3>", "<strong>bold</strong>", "<em>slanted</em>", "<code>co&lt;d&gt;e</code>", "<ul><li>inner</li></ul>", "<ol", "<blockquote>",
                  "<td>&lt;i&gt;2&lt;/i&gt;</td>", "print(\"&lt;hi&gt;\")", "half open", 'href="https://example.com"', "&lt;script&gt;"):  # fmt: skip
         assert part in html, (part, html)
-    for part in ("<img", "<script", "<i>", "javascript:alert(1)\""):
+    for part in ("<img", "<script", "<i>", 'href="javascript'):
         assert part not in html, (part, html)
     cuts = page.evaluate(
         """async (text) => { const { render } = await import("/web/markdown.js"); let bad = 0;

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lilliput.serve.embeddings import Embedder
     from lilliput.serve.structured import Grammars, Matched
 
+THEIRS = ("too complex", "forbid all")  # in the message of an answer that broke off because of what was asked for
 LONG = 4096  # characters; a longer text is encoded beside the event loop
 
 
@@ -154,7 +155,7 @@ class Run:
                 async for delta in stream:
                     watch.see(delta)
                     if delta.finish_reason == "error":
-                        ours = "too complex" not in delta.message
+                        ours = not any(words in delta.message for words in THEIRS)
                         raise ApiError(f"the answer broke off: {delta.message}", status=500 if ours else 400)
                     if delta.finish_reason == "cancelled":
                         raise ApiError("the server is stopping", status=503)
