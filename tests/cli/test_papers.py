@@ -51,7 +51,7 @@ def test_status_is_derived_from_run_and_registry():
 
 
 def test_no_system_without_a_run_claims_to_work():
-    assert [paper.name for paper in every() if paper.works] == ["checkpointing", "flashattention-2", "bytetransformer"]
+    assert [paper.name for paper in every() if paper.works] == ["checkpointing", "flashattention-2", "bytetransformer", "vllm"]
 
 
 def test_what_works_was_measured_and_nothing_else():
@@ -111,3 +111,13 @@ def test_bytetransformer_claim_holds_here():
     assert finding.holds, finding.summary
     assert finding.summary == index.find("bytetransformer").measured, "the table of `lilliput papers` tells another number"
     assert [row["form"] for row in finding.rows] == ["packed", "padded", "padded / packed"]
+
+
+def test_pagedattention_claim_holds_here():
+    finding = index.find("vllm").run()
+    assert finding.holds, finding.summary
+    assert finding.summary == index.find("vllm").measured, "the table of `lilliput papers` tells another number"
+    saved = {row["what"]: row["live, %"] for row in finding.rows if "saved" in row["what"]}
+    for kind in ("parallel", "beam"):
+        two, four, six = (saved[f"{kind}, {width} answers: saved"] for width in (2, 4, 6))
+        assert two < four < six, "more answers share more"

@@ -58,6 +58,7 @@ class Group:
     scores: bool = False
     shares: bool = True  # may take the blocks of others and give its own
     seqs: list[Seq] = field(default_factory=list)
+    reserve: int = 0  # tokens of cache that it takes at admission
     cached: int = 0  # tokens of the prompt that were found when it was first admitted
     admitted: bool = False
 
@@ -131,11 +132,12 @@ class Scheduler:
         return shared + width * (blocks_for(max(tokens, self.reserve)) - shared)
 
     def add(self, id: int, seq: int, tokens: list[int], most: int, *, width: int = 1, priority: int = 0, scores: bool = False, salt: bytes = b"",
-            shares: bool = True) -> Group:  # fmt: skip
-        """Queue a group with its first sequence, whose tokens are the prompt. The list is the scheduler's from now on."""
+            shares: bool = True, reserve: int | None = None) -> Group:  # fmt: skip
+        """Queue a group with its first sequence, whose tokens are the prompt. The list is the scheduler's from now on. reserve: None = as all."""
         assert most <= self.pool.total, f"group {id} can never fit: the engine refuses it before"
         assert width <= self.max_batch_tokens, f"group {id} has more sequences than a step has tokens: the engine refuses it before"
         group = Group(id, len(tokens), width, most, (priority, self._arrivals), scores, shares)
+        group.reserve = self.reserve if reserve is None else reserve
         self._arrivals += 1
         group.seqs.append(Seq(seq, group, tokens, Table(salt)))
         self._seqs[seq] = group.seqs[0]
@@ -248,7 +250,7 @@ class Scheduler:
 
     def _goal(self, seq: Seq, count: int) -> int:
         """Tokens for which a sequence must have blocks when it runs `count` more."""
-        return max(seq.table.length + count, self.reserve)
+        return max(seq.table.length + count, seq.group.reserve)
 
     def _grow(self, group: Group, shares: dict[int, int], chunks: list[Chunk]) -> int:
         """Blocks and chunks of a group that runs; the tokens it takes."""
