@@ -28,9 +28,12 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": CITY}}
 LONG = {"messages": HELLO, "max_tokens": 1900, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running(tmp_path_factory.mktemp("hard"), "http.max_requests=24") as server:
+TIGHT = ("serve.kv_tokens=4096", "serve.swap_tokens=1024", "serve.draft=ngram")  # so that requests wait, lose their blocks, and guess ahead
+
+
+@pytest.fixture(scope="module", params=[(), TIGHT], ids=["plenty", "tight"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running(tmp_path_factory.mktemp("hard"), "http.max_requests=24", *request.param) as server:
         yield server
 
 
@@ -118,8 +121,7 @@ def test_a_client_that_leaves_ends_its_request_within_a_step(server: Running, st
 
 def test_more_than_it_takes_is_refused_and_health_answers(server: Running) -> None:
     streams = [post(server, LONG | {"stream": True}) for _ in range(24)]
-    for stream in streams:
-        stream.readline()
+    assert until(lambda: server.served.open == 24)
     with pytest.raises(urllib.error.HTTPError) as full:
         post(server, LONG)
     assert full.value.code == 503 and full.value.headers["Retry-After"] == "1" and json.loads(full.value.read())["error"]["code"] == "overloaded"
