@@ -120,6 +120,7 @@ class Http(Section):
     max_tokens: int = Field(0, ge=0, description="tokens of one answer; 0 = what the context allows")
     timeout: float = Field(600.0, ge=0, description="seconds of one request; 0 = no limit")
     drain: float = Field(30.0, ge=0, description="seconds that answers have to end after SIGTERM")
+    traces: str = Field("", description="where OpenTelemetry spans go (OTLP over HTTP, http://127.0.0.1:4318/v1/traces); empty = nowhere")
 
 
 CORE: dict[str, type[Section]] = {"job": Top, "data": Data, "train": Train, "eval": Eval, "generate": Generate, "serve": Serve, "http": Http}

@@ -111,16 +111,18 @@ def served(job: Job) -> tuple[Served, str]:
     from lilliput.serve.async_engine import AsyncEngine
     from lilliput.serve.metrics import Metrics
     from lilliput.serve.openai.served import Served
+    from lilliput.serve.traces import Tracer
 
     http, name = job.http, job.http.name or job.top.model
     folder = encoder(job)
     if folder is not None:
         embedder, tokenizer = embeddings.of_encoder(folder, "last" if http.embeddings == "last" else "mean")
         return Served(name, http, tokenizer, Metrics(name, None), embedder=embedder), "an encoder: embeddings alone"
+    tracer = Tracer(http.traces, name) if http.traces else None
     model = api.load_job(job.top, job.serve)
     engine = AsyncEngine(model.engine)
     pooling = http.embeddings
     vectors = None if pooling == "off" else embeddings.of_decoder(job.top.model, job.top.device, job.top.dtype, model.spec, pooling)
     given = {key.partition(".")[2] for key, source in job.settings.sources.items() if key.startswith("generate.") and source != "default"}
     defaults: dict[str, Any] = {key: getattr(job.generate, key) for key in given - {"system", "max_tokens"}}
-    return Served(name, http, model.tokenizer, Metrics(name, engine.stats), engine, vectors, defaults), model.backend
+    return Served(name, http, model.tokenizer, Metrics(name, engine.stats, tracer=tracer), engine, vectors, defaults), model.backend

@@ -35,6 +35,7 @@ from lilliput.serve.openai.errors import ApiError, from_user_error, from_validat
 from lilliput.serve.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from lilliput.serve.openai.reply import EventStream, GoneError, unless_gone
 from lilliput.serve.openai.served import Served
+from lilliput.serve.traces import PARENT
 
 if TYPE_CHECKING:
     from lilliput.base.job import Http
@@ -57,6 +58,8 @@ def application(served: Served, keys: tuple[str, ...] = (), page: Path | None = 
         warming.cancel()
         if served.engine is not None and not served.engine.ending:
             await served.engine.stop(drain=True, timeout=served.options.drain)
+        if served.metrics.tracer is not None:
+            await asyncio.to_thread(served.metrics.tracer.close)
 
     app = FastAPI(title="Lilliput", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     _errors(app, served)
@@ -209,6 +212,7 @@ class Guard:
             self.served.metrics.refused(refusal.status)
             await JSONResponse(refusal.body(), refusal.status, refusal.headers)(scope, receive, send)
             return
+        PARENT.set(headers.get(b"traceparent", b"").decode("latin-1"))  # each request is answered in a context of its own
         await self.app(scope, self._counted(receive), send)
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:

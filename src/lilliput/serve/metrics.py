@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from lilliput.serve.request import Delta, Sampling
 from lilliput.serve.stats import Stats
+from lilliput.serve.traces import Tracer
 
 LABELS = ("model_name", "engine")
 FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
@@ -41,9 +42,9 @@ COUNTS = {
 class Metrics:
     """The figures of one server that serves one model."""
 
-    def __init__(self, model: str, stats: Callable[[], Stats] | None, block: int = 16) -> None:
-        """`stats`: the engine's snapshot, None without an engine; `block`: tokens of a cache block."""
-        self.registry = CollectorRegistry()
+    def __init__(self, model: str, stats: Callable[[], Stats] | None, block: int = 16, tracer: Tracer | None = None) -> None:
+        """`stats`: the engine's snapshot, None without an engine; `block`: tokens of a cache block; `tracer`: gets each request that is over."""
+        self.registry, self.tracer = CollectorRegistry(), tracer
         self.labels = (model, "0")
         histograms = SECONDS | COUNTS
         self._histograms = {
@@ -114,6 +115,8 @@ class Watch:
     def end(self) -> None:
         """The request is over, however it ended."""
         now, observe = time.perf_counter(), self.metrics.observe
+        if self.metrics.tracer is not None:
+            self.metrics.tracer.record(self, now - self.start)
         if self.first is None:
             return
         observe("e2e_request_latency_seconds", now - self.start)
