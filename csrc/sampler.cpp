@@ -19,6 +19,7 @@ struct Row {
   std::vector<float> changed;
   std::vector<Candidate> candidates;
   std::vector<double> cumulative;
+  std::vector<float> weights;
 };
 
 int bin_of(float x, float top) { return int(std::min(float(BINS - 1), std::max(0.0f, (top - x) * PER_UNIT))); }
@@ -41,17 +42,29 @@ const float* changed(const float* x, int vocab, const SampleRow& how, Row& row) 
   return y;
 }
 
-// Ids of at least the `count` largest logits and, with mass > 0, of at least that share of the whole probability: all of the first bins.
-void collect(const float* x, int vocab, float top, double temperature, int count, double mass, std::vector<Candidate>& to) {
+// exp((x - top) / temperature) of the whole row, 0 for what is forbidden; their sum.
+double weigh(const float* x, int vocab, float top, double temperature, std::vector<float>& to) {
+  to.resize(size_t(vocab));
+  sampler().weights(x, vocab, top, float(1 / temperature), to.data());
+  double whole = 0;
+  for (int i = 0; i < vocab; i++) {
+    if (x[i] == -std::numeric_limits<float>::infinity()) to[size_t(i)] = 0;
+    whole += double(to[size_t(i)]);
+  }
+  return whole;
+}
+
+// Ids of at least the `count` largest logits and, with weights, of at least the share `mass` of their sum `whole`: all of the first bins.
+void collect(const float* x, int vocab, float top, double temperature, int count, const float* weights, double mass, double whole,
+             std::vector<Candidate>& to) {
   int counts[BINS] = {};
-  double masses[BINS] = {}, whole = 0;
+  double masses[BINS] = {};
   for (int i = 0; i < vocab; i++) {
     if (x[i] == -std::numeric_limits<float>::infinity()) continue;
     const int b = bin_of(x[i], top);
     counts[b]++;
-    if (mass > 0) masses[b] += std::exp((double(x[i]) - double(top)) / temperature);
+    if (weights) masses[b] += double(weights[i]);
   }
-  for (const double m : masses) whole += m;
   int last = 0, taken = 0;
   double held = 0;
   for (; last < BINS; last++) {
@@ -60,32 +73,36 @@ void collect(const float* x, int vocab, float top, double temperature, int count
     if (taken >= count && held >= mass * whole) break;
   }
   to.clear();
-  for (int i = 0; i < vocab; i++)
-    if (x[i] != -std::numeric_limits<float>::infinity() && bin_of(x[i], top) <= last) to.push_back({i, double(x[i]) / temperature});
+  const float surely_less = last + 2 < BINS ? top - float(last + 2) / PER_UNIT : -std::numeric_limits<float>::infinity();
+  for (int i = 0; i < vocab; i++) {
+    if (x[i] < surely_less || x[i] == -std::numeric_limits<float>::infinity()) continue;
+    if (bin_of(x[i], top) <= last) to.push_back({i, double(x[i]) / temperature});
+  }
   std::sort(to.begin(), to.end(), [](const Candidate& a, const Candidate& b) { return a.value != b.value ? a.value > b.value : a.id < b.id; });
 }
 
-// The candidates of a row, largest first where a filter is on (equals by rising id), else in the order of the vocabulary.
-void filter(const float* x, int vocab, float top, const SampleRow& how, std::vector<Candidate>& c) {
+// The candidates of a row that top-k or top-p leaves, largest first (equals by rising id).
+void filter(const float* x, int vocab, float top, const SampleRow& how, Row& row) {
+  auto& c = row.candidates;
   const bool by_count = how.top_k > 0, by_mass = how.top_p < 1;
-  if (by_count || by_mass) {
-    collect(x, vocab, top, how.temperature, by_count ? std::min(how.top_k, vocab) : 1, by_count ? 0 : how.top_p, c);
-    if (by_count && c.size() > size_t(how.top_k)) {
+  if (by_count) {
+    collect(x, vocab, top, how.temperature, std::min(how.top_k, vocab), nullptr, 0, 0, c);
+    if (c.size() > size_t(how.top_k)) {
       size_t end = size_t(how.top_k);
       while (end < c.size() && c[end].value == c[size_t(how.top_k) - 1].value) end++;
       c.resize(end);
     }
-    if (by_mass) {
-      double whole = 0, before = 0;
-      if (by_count) for (const Candidate& one : c) whole += std::exp(one.value - c[0].value);
-      else for (int i = 0; i < vocab; i++) whole += std::exp((double(x[i]) - double(top)) / how.temperature);
-      size_t keep = 0;
-      for (; keep < c.size() && (keep == 0 || before < how.top_p * whole); keep++) before += std::exp(c[keep].value - c[0].value);
-      c.resize(keep);
+  }
+  if (by_mass) {
+    double whole = 0, before = 0;
+    if (by_count) for (const Candidate& one : c) whole += std::exp(one.value - c[0].value);
+    else {
+      whole = weigh(x, vocab, top, how.temperature, row.weights);
+      collect(x, vocab, top, how.temperature, 1, row.weights.data(), how.top_p, whole, c);
     }
-  } else {
-    c.clear();
-    for (int i = 0; i < vocab; i++) if (x[i] != -std::numeric_limits<float>::infinity()) c.push_back({i, double(x[i]) / how.temperature});
+    size_t keep = 0;
+    for (; keep < c.size() && (keep == 0 || before < how.top_p * whole); keep++) before += std::exp(c[keep].value - c[0].value);
+    c.resize(keep);
   }
   if (how.min_p > 0) {
     const double least = double(top) / how.temperature + std::log(how.min_p);
@@ -93,13 +110,37 @@ void filter(const float* x, int vocab, float top, const SampleRow& how, std::vec
   }
 }
 
+// Without top-k and top-p: from the whole vocabulary in its order.
+int32_t draw_any(const float* x, int vocab, float top, const SampleRow& how, Row& row) {
+  double whole = weigh(x, vocab, top, how.temperature, row.weights);
+  float* w = row.weights.data();
+  if (how.min_p > 0) {
+    const double least = double(top) / how.temperature + std::log(how.min_p);
+    whole = 0;
+    for (int i = 0; i < vocab; i++) {
+      if (double(x[i]) / how.temperature < least) w[i] = 0;
+      whole += double(w[i]);
+    }
+  }
+  double before = 0;
+  int32_t found = -1;
+  for (int i = 0; i < vocab; i++) {
+    if (w[i] == 0) continue;
+    found = i;
+    before += double(w[i]);
+    if (before > how.u * whole) break;
+  }
+  return found;
+}
+
 int32_t draw(const float* x, int vocab, const SampleRow& how, Row& row) {
   float top = -std::numeric_limits<float>::infinity();
   int32_t at = -1;
   for (int i = 0; i < vocab; i++) if (x[i] > top) { top = x[i]; at = i; }
   if (at < 0 || how.temperature == 0) return at;
+  if (how.top_k == 0 && how.top_p == 1) return draw_any(x, vocab, top, how, row);
+  filter(x, vocab, top, how, row);
   auto& c = row.candidates;
-  filter(x, vocab, top, how, c);
   const double largest = double(top) / how.temperature;
   row.cumulative.resize(c.size());
   double total = 0;
@@ -113,7 +154,7 @@ int32_t draw(const float* x, int vocab, const SampleRow& how, Row& row) {
 void sample(const float* logits, long stride, int vocab, int rows, const SampleRow* how, Sampled* out, int top_count, int32_t* top_ids, double* top_logprobs) {
   parallel(rows, [&](int r, int) {
     const float* raw = logits + r * stride;
-    Row row;
+    static thread_local Row row;  // its memory is used again
     float top;
     int32_t at;
     sampler().survey(raw, vocab, &top, &at, &out[r].total);
@@ -122,7 +163,7 @@ void sample(const float* logits, long stride, int vocab, int rows, const SampleR
     out[r].token = x == raw && how[r].temperature == 0 ? at : draw(x, vocab, how[r], row);
     out[r].logprob = out[r].token < 0 ? 0 : double(raw[out[r].token]) - out[r].total;
     if (!top_count) return;
-    collect(raw, vocab, top, 1, top_count, 0, row.candidates);
+    collect(raw, vocab, top, 1, top_count, nullptr, 0, 0, row.candidates);
     for (int i = 0; i < top_count; i++) {
       top_ids[long(r) * top_count + i] = i < int(row.candidates.size()) ? row.candidates[size_t(i)].id : -1;
       top_logprobs[long(r) * top_count + i] = i < int(row.candidates.size()) ? row.candidates[size_t(i)].value - out[r].total : -INFINITY;

@@ -1,7 +1,7 @@
 // From rows of logits to one token each: penalties, bias, grammar mask, temperature, top-k, top-p, min-p, in that order, and the
 // probability of what was chosen from the same passes. No full sort: a histogram over the distance from the largest logit finds a
-// threshold, and only what lies above it is ordered. Sums of probabilities are fp64 in one order, so that a row's token depends on
-// the row, its request and its random number alone.
+// threshold, and only what lies above it is ordered. Weights of the whole vocabulary are fp32 (relative error 2e-7), their sums fp64 in
+// one order, so that a row's token depends on the row, its request and its random number alone.
 #pragma once
 #include <cstdint>
 
@@ -30,6 +30,7 @@ struct Sampled {
 
 struct SamplerKernels {
   void (*survey)(const float* x, int count, float* largest, int32_t* at, double* total);  // of a row; total: log sum exp
+  void (*weights)(const float* x, int count, float top, float scale, float* to);          // exp((x - top) * scale)
 };
 LILLIPUT_DISPATCH(SamplerKernels, sampler)
 

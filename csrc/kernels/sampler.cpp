@@ -29,8 +29,14 @@ void survey(const float* x, int count, float* largest, int32_t* at, double* tota
   *total = double(top) + __builtin_log(sums);
 }
 
+void weights(const float* x, int count, float top, float scale, float* to) {
+  int i = 0;
+  for (; i + W <= count; i += W) store(to + i, exp((load(x + i) - set1(top)) * set1(scale)));
+  for (; i < count; i++) to[i] = __builtin_expf((x[i] - top) * scale);
+}
+
 }}  // namespace LILLIPUT_ISA
 
-extern const SamplerKernels LILLIPUT_TABLE(sampler) = {LILLIPUT_ISA::survey};
+extern const SamplerKernels LILLIPUT_TABLE(sampler) = {LILLIPUT_ISA::survey, LILLIPUT_ISA::weights};
 
 }  // namespace lilliput
