@@ -65,7 +65,7 @@ class LanguageModel:
         serve = self.serve
         return Engine(self.module, self.tokenizer, kv=serve.kv, kv_tokens=serve.kv_tokens or None, max_batch_tokens=serve.max_batch_tokens,
                       sharing=serve.sharing, scheduling=serve.scheduling, preemption=serve.preemption, swap_tokens=serve.swap_tokens,
-                      draft=_drafter(serve), guesses=serve.guesses)  # fmt: skip
+                      policy=serve.policy, draft=_drafter(serve), guesses=serve.guesses)  # fmt: skip
 
     def generate(self, prompt: str, **sampling: Any) -> str:
         """The text that follows the prompt, without a chat template."""

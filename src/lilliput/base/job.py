@@ -102,6 +102,7 @@ class Serve(Section):
     scheduling: Literal["fcfs", "priority"] = Field("fcfs", description="which request runs first: in order of arrival, or by its priority")
     preemption: Literal["auto", "swap", "recompute"] = Field("auto", description="what a request that loses its cache does; auto = what is measured cheaper")
     swap_tokens: int = Field(0, ge=0, description="tokens of swap space beside the cache; 0 = none, so preempted requests are computed again")
+    policy: str = Field("full", description="which tokens stay in the cache: full, sliding:W, sinks:S+W or heavy_hitter:H+R")
     draft: str = Field("", description="who guesses tokens ahead: ngram, layers:N, or a model of the same vocabulary; empty = nobody")
     guesses: int = Field(8, ge=1, le=32, description="tokens guessed a step and answer at most; how many is chosen by what was accepted")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lilliput.base.errors import UserError
 from lilliput.base.facts import Facts
@@ -86,17 +86,22 @@ class Backend(Protocol):
 
 
 class KVPolicy(Protocol):
-    """WHICH tokens stay in the cache. Where they lie is blocks', how many bits is the codec's."""
+    """WHICH tokens stay in the cache. Where they lie is blocks', how many bits is the codec's. Made from the text after its name and a colon."""
 
     wants_mass: bool  # needs the attention mass of each key
     evicts: bool
+    positions: Literal["absolute", "in_cache"]  # in_cache: a key's position is its place among those that stayed
+    size: int  # tokens a sequence holds at most, a multiple of a block; 0 = all
 
     def budget(self, prompt: int, max_new: int) -> int:
         """Tokens of cache a request of this length needs at most."""
         ...
 
-    def keep(self, mass_LHT: Tensor | None, positions_LHT: Tensor) -> Tensor | None:
-        """Indices to keep [L, H, K], or None for all."""
+    def keep(self, count: int, mass_LGT: Tensor | None, positions_LGT: Tensor | None) -> Tensor:
+        """Which `count` of the places stay, in rising order: [count] where they are the same for all heads, else [layers, kv_heads, count].
+
+        Asked when a sequence holds `size` tokens. mass: probability that each key got, over all queries since it came and the group;
+        positions: of each key in the text. Both only with wants_mass."""
         ...
 
 
@@ -123,8 +128,10 @@ class Drafter(Protocol):
 class Runner(Protocol):
     """Runs the model for the engine: token rows in, logits of the sampled rows out."""
 
-    def forward(self, chunks: Sequence[Any]) -> Tensor:
-        """Logits [rows, vocab] of the last `wants` tokens of each chunk (serve.scheduler.Chunk), in their order."""
+    def forward(self, chunks: Sequence[Any], mass: Tensor | None = None) -> Tensor:
+        """Logits [rows, vocab] of the last `wants` tokens of each chunk (serve.scheduler.Chunk), in their order.
+
+        mass [layers, chunks, kv_heads, >= longest]: attention probabilities of each key are added, where a policy wants them."""
         ...
 
     def move(self, moves: Any) -> None:

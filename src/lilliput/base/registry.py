@@ -18,6 +18,9 @@ ROOMS: dict[str, dict[str, str]] = {
     },
     "kv_policy": {
         "full": "lilliput.serve.policies.full:Full",
+        "sliding": "lilliput.serve.policies.sliding:Sliding",
+        "sinks": "lilliput.serve.policies.sinks:Sinks",
+        "heavy_hitter": "lilliput.serve.policies.heavy_hitter:HeavyHitter",
     },
     "drafter": {
         "ngram": "lilliput.serve.drafters.ngram:NGram",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lilliput.base import registry
 from lilliput.base.errors import UserError
 from lilliput.models import hub, sizes
 from lilliput.models.checkpoints import Checkpoint, materialise, open_checkpoint
@@ -81,7 +82,10 @@ def load_to_serve(name_or_path: str | Path, serve: Serve, device: str = "auto", 
     tokenizer = checkpoint.tokenizer()
     from lilliput.models.native import NativeDecoder
 
-    return NativeDecoder(checkpoint.spec, checkpoint.read, checkpoint.blocks, serve.weights, kv=serve.kv), tokenizer, f"native: {reason}"
+    name, _, argument = serve.policy.partition(":")
+    on_read = registry.find("kv_policy", name)(argument).positions == "in_cache"
+    lowered = NativeDecoder(checkpoint.spec, checkpoint.read, checkpoint.blocks, serve.weights, kv=serve.kv, rotate_on_read=on_read)
+    return lowered, tokenizer, f"native: {reason}"
 
 
 def native_refusal(spec: DecoderSpec, device: str) -> str | None:

@@ -59,11 +59,12 @@ class NativeDecoder:
         return sum(self.stored.values())
 
     def step(
-        self, tokens_R: Tensor, positions_R: Tensor, cu_q: Tensor, lengths: Tensor, tables: Tensor, sampled_N: Tensor, layers: int | None = None
+        self, tokens_R: Tensor, positions_R: Tensor, cu_q: Tensor, lengths: Tensor, tables: Tensor, sampled_N: Tensor, layers: int | None = None,
+        mass: Tensor | None = None,
     ) -> Tensor:
         """Logits [N, vocab] of the sampled rows, after the first `layers` layers (None: all); see ops.step.decoder_step. The plan has its cache."""
         return decoder_step(self.plan, tokens_R, None, positions_R=positions_R, cu_q=cu_q, lengths=lengths, tables=tables, sampled_N=sampled_N,
-                            layers=(0, self.spec.layers if layers is None else layers))[1]  # fmt: skip
+                            layers=(0, self.spec.layers if layers is None else layers), mass=mass)[1]  # fmt: skip
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """What `head` reads, [B, T, C]: rows from position 0, each attending to those before it. Runs on a cache of its own."""

@@ -56,6 +56,22 @@ class KvStore:
         areas = self.numbers[index, 0].data_ptr(), self.numbers[index, 1].data_ptr()
         return native.module().KvCache(CODECS.index(self.codec), self.block, self.kv_heads, self.head_dim, *areas, *scales)
 
+    @torch.inference_mode()
+    def shift(self, table: Tensor, source: Tensor, target: Tensor) -> None:
+        """Copy keys and values of one sequence between places, in all layers: source, target [M] or [layers, kv_heads, M]; read first, then written."""
+        assert self.block == TILE and self.codec != "int4", "single tokens move in blocks of one tile, and not where two share a byte"
+        whole = self.layers, self.kv_heads, source.shape[-1]
+        layer = torch.arange(self.layers)[:, None, None].expand(whole)
+        head = torch.arange(self.kv_heads)[None, :, None].expand(whole)
+        (block, row), (to_block, to_row) = ((table.long()[at // TILE], at % TILE) for at in (source.expand(whole), target.expand(whole)))
+        dtype = {32: torch.float32, 16: torch.float16, 8: torch.uint8}[BITS[self.codec]]
+        keys, values = self.numbers.view(dtype).unflatten(2, (self.blocks, self.kv_heads, -1)).unbind(1)
+        views = [keys.unflatten(-1, (self.head_dim, TILE)).transpose(-1, -2), values.unflatten(-1, (TILE, self.head_dim))]
+        if self.scales is not None:
+            views += self.scales.unflatten(2, (self.blocks, self.kv_heads, TILE)).unbind(1)
+        for view in views:  # [layers, blocks, kv_heads, token, ...]
+            view[layer, to_block, head, to_row] = view[layer, block, head, row]
+
     def read(self, index: int, table: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Keys and values [count, kv_heads, head_dim] fp32 of the first tokens of a sequence, decoded by plain torch: the reference."""
         numbers = self.numbers[index].unflatten(1, (self.blocks, self.kv_heads, -1))[:, table.long()]

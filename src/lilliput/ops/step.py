@@ -42,7 +42,7 @@ class StepPlan:
     def __init__(self, *, dim: int, heads: int, kv_heads: int, head_dim: int, ffn: int, vocab: int, wide: int, act: str, scale: float) -> None:
         """`wide`: the embedding's width where it differs from dim, else dim. `scale`: of attention's scores."""
         assert native.module() is not None, "ask native.missing() before building a plan"
-        self.dim, self.vocab, self.kv_heads, self.layers = dim, vocab, kv_heads, 0
+        self.dim, self.vocab, self.kv_heads, self.layers, self.on_read = dim, vocab, kv_heads, 0, False
         self._held: list[Any] = []  # what the native plan points to
         self.store: KvStore | None = None
         self._native = native.module().Plan(dim, heads, kv_heads, head_dim, ffn, vocab, wide, ACTS.index(act), scale)
@@ -52,6 +52,7 @@ class StepPlan:
     def rope(self, cos_PD: Tensor, sin_PD: Tensor, on_read: bool = False) -> None:
         """Tables [positions, head_dim / 2] fp32. on_read: keys lie before RoPE and are rotated by their place in the cache when they are
         read, so that tokens may leave from among them (queries are rotated by `positions`, then places too)."""
+        self.on_read = on_read
         self._native.rope(self._address(cos_PD), self._address(sin_PD))
         if on_read:
             self._native.rotate_on_read(*(self._address(paged.tiled(table)) for table in (cos_PD, sin_PD)))

@@ -34,10 +34,13 @@ class Door:
             if ids and not 0 <= min(ids) <= max(ids) < self.vocab:
                 stranger = min(ids) if min(ids) < 0 else max(ids)
                 raise UserError(f"token id {stranger} is not in the vocabulary", f"ids go from 0 to {self.vocab - 1}", "use the model's own tokenizer")
-        if len(prompt) >= self.context:
+        endless = self.policy.positions == "in_cache"  # positions never leave the cache
+        if len(prompt) >= self.context and not endless:
             why = f"{len(prompt):,} tokens of prompt, {self.context:,} tokens of context, and the answer needs at least one"
             raise UserError("the prompt is longer than the model's context", why, f"shorten the prompt by {len(prompt) - self.context + 1:,} tokens or more")
-        limit = min(how.max_tokens, self.context - len(prompt))
+        if self.policy.evicts and how.width > 1:
+            raise UserError("several answers share the prompt's keys, and this cache policy moves them", f"{how.width} answers", "n=1, and ask several times")
+        limit = how.max_tokens if endless else min(how.max_tokens, self.context - len(prompt))
         self._room(len(prompt), limit, how.width)
         return limit
 

@@ -130,6 +130,12 @@ class BlockPool:
             if key not in self._index:
                 self._key[block], self._index[key] = key, block
 
+    def cut(self, table: Table, at: int) -> None:
+        """Take full block `at` out of a table; what lies after it moves up."""
+        assert at < table.length // BLOCK, "only full blocks leave a table"
+        self._drop(table.blocks.pop(at))
+        table.length -= BLOCK
+
     def keys(self, table: Table, tokens: Sequence[int], count: int) -> list[bytes]:
         """Digests of the first `count` blocks of a sequence's tokens, all full; kept in the table."""
         for at in range(len(table.keys), count):

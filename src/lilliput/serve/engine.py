@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lilliput.base import hardware, registry
 from lilliput.base.errors import UserError
-from lilliput.base.protocols import Runner
+from lilliput.base.protocols import KVPolicy, Runner
 from lilliput.data.tokenizer import Tokenizer
 from lilliput.models.native import NativeDecoder
 from lilliput.ops import sampling as ops
@@ -33,6 +33,7 @@ from lilliput.serve.beams import Beam, Search
 from lilliput.serve.blocks import BLOCK, BlockPool, blocks_for
 from lilliput.serve.costs import Costs
 from lilliput.serve.request import Completion, Delta, FinishReason, Sampling, collect
+from lilliput.serve.retention import Retention
 from lilliput.serve.runners import runner_of
 from lilliput.serve.scheduler import Chunk, Moves, Scheduler, Seq
 from lilliput.serve.speculative import Place, Speculation, matched
@@ -78,13 +79,18 @@ class Engine:
                 raise UserError(f"{name}={value} leaves no room for a token", fix=f"{name}=512")
         if preemption == "swap" and swap_tokens < BLOCK:
             raise UserError("preemption=swap has no swap space", f"swap_tokens={swap_tokens}, a block holds {BLOCK}", f"swap_tokens={wanted}")
-        self.policy = registry.find("kv_policy", policy)()
+        name, _, argument = policy.partition(":")
+        self.policy: KVPolicy = registry.find("kv_policy", name)(argument)
+        if self.policy.evicts and draft:
+            raise UserError(f"policy={name} and draft={draft} cannot stand together", "what was guessed wrongly would count as attention", "draft=")
         self.pool = BlockPool(blocks_for(wanted), sharing=sharing and not self.policy.evicts, swap=swap_tokens // BLOCK)
         blocks, swap = self.pool.total, self.pool.swap_total
         self.runner: Runner = runner_of(model, blocks, kv, swap)
         self.guesses = Speculation(draft, guesses, Place(model, self.runner, blocks, swap, kv)) if draft else None
         self.costs = Costs(self.pool, self.runner, preemption)
-        self.scheduler = Scheduler(self.pool, max_batch_tokens, choose=self.costs.choose, batching=batching, reserve=reserve)
+        self.scheduler = Scheduler(self.pool, max_batch_tokens, choose=self.costs.choose, batching=batching, reserve=reserve,
+                                   window=self.policy.size)  # fmt: skip
+        self.retention = Retention(self.policy, self.runner, self.pool) if self.policy.evicts else None
         self.door = Door(model.facts.vocab, self.context, self.policy, self.scheduler)
         self.counts = Counts()
         self._eos = frozenset((*tokenizer.eos_ids, *model.spec.eos_ids))
@@ -147,11 +153,14 @@ class Engine:
         if chunks:
             if self.guesses:
                 self.guesses.fill(chunks, lambda id, position: self._answers[id].draw(position, self.model.facts.vocab))
-            logits_NV = self.runner.forward(chunks)
+            mass = self.retention.room(chunks) if self.retention else None
+            logits_NV = self.runner.forward(chunks, mass)
             choices = self._sample(chunks, logits_NV)
             new = [self._commit(chunk, choices, deltas) for chunk in chunks]
             seconds = time.perf_counter() - start
             self.counts.step(chunks, new, seconds)
+            if self.retention:
+                self.retention.ended(chunks, mass, [self.scheduler.find(chunk.id) if chunk.id in self._answers else None for chunk in chunks])
             if self.guesses:
                 self.guesses.took(chunks, [count - 1 for count in new], seconds)
             self.costs.step(sum(chunk.stop - chunk.start for chunk in chunks), seconds)
@@ -226,7 +235,7 @@ class Engine:
             first = self._answers[chunk.id]
             request = first.request
             if chunk.wants > chunk.samples + chunk.draft:
-                score_prompt(request, chunk.start, logits_NV[row : row + chunk.wants])
+                score_prompt(request, chunk.start + chunk.gone, logits_NV[row : row + chunk.wants])
             row += chunk.wants
             if chunk.draft and self.guesses:
                 how = [first.draw(chunk.stop - chunk.draft + i, vocab) for i in range(chunk.draft + 1)]
@@ -239,7 +248,7 @@ class Engine:
                 drawn += [chunk.id] * chunk.draft
             for answer in (first, *request.unborn) if chunk.samples else ():
                 try:
-                    draws.append(answer.draw(chunk.stop, vocab))
+                    draws.append(answer.draw(chunk.stop + chunk.gone, vocab))
                 except Exception as fault:  # the guide's own
                     choices[answer.id] = [f"the guide failed: {fault}"]
                     continue
@@ -332,8 +341,9 @@ class Engine:
             request.unborn.remove(answer)
         else:
             self.scheduler.finish(answer.id)
-            if self.guesses:
-                self.guesses.forget(answer.id)
+            for part in (self.guesses, self.retention):
+                if part:
+                    part.forget(answer.id)
         del self._answers[answer.id]
         request.answers.remove(answer)
 

@@ -31,19 +31,21 @@ Way = Literal["swap", "recompute"]
 
 class Seq:
     """What the scheduler knows of a sequence. `tokens`: all ids that are known; `draft`: ids that are only guessed, to be tried with the next step;
-    `parked`: it waits, without blocks, until the group's first sequence has computed the prompt that they share."""
+    `parked`: it waits, without blocks, until the group's first sequence has computed the prompt that they share. `gone`: tokens that were
+    computed and have left the cache again."""
 
-    __slots__ = ("draft", "group", "id", "parked", "table", "tokens")
+    __slots__ = ("draft", "gone", "group", "id", "parked", "table", "tokens")
 
     def __init__(self, id: int, group: Group, tokens: list[int], table: Table) -> None:
         self.id, self.group, self.tokens, self.table = id, group, tokens, table
         self.draft: list[int] = []
         self.parked = False
+        self.gone = 0
 
     @property
     def missing(self) -> int:
-        """Known tokens that are not in the cache."""
-        return len(self.tokens) - self.table.length
+        """Known tokens that have not been computed."""
+        return len(self.tokens) - self.gone - self.table.length
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens start..stop-1 of one sequence in one step. `samples`: its last known row gives the next token."""
+    """Places start..stop-1 of the cache of one sequence in one step. `samples`: its last known row gives the next token."""
 
     id: int
     start: int
@@ -81,6 +83,7 @@ class Chunk:
     ids: Sequence[int]  # of its tokens, the draft included
     prompt: int = 0  # rows of them that are of the prompt
     draft: int = 0  # rows of them that are guessed, the last ones
+    gone: int = 0  # tokens before them that have left the cache: place + gone = position in the text
 
 
 @dataclass
@@ -112,8 +115,11 @@ class Scheduler:
         batching: Literal["continuous", "static"] = "continuous",
         reserve: int = 0,
         watermark: float = 0.01,
+        window: int = 0,
     ) -> None:
-        """`max_batch_tokens`: tokens of one step over all sequences, and sequences that run. `watermark`: share of the pool that admissions leave free."""
+        """`max_batch_tokens`: tokens of one step over all sequences, and sequences that run. `watermark`: share of the pool that admissions leave free.
+        `window`: places that a sequence has at most; who commits so many must evict (0: no limit)."""
+        self.window = window
         self.pool, self.max_batch_tokens, self.choose = pool, max_batch_tokens, choose
         self.batching, self.reserve, self.watermark = batching, reserve, int(watermark * pool.total)
         self.waiting: list[Group] = []  # all three in order, first first
@@ -245,12 +251,13 @@ class Scheduler:
 
     def _part(self, seq: Seq, budget: int) -> int:
         """Tokens of a prompt in one step."""
-        asked = seq.group.scores and seq.table.length < seq.group.prompt
-        return min(seq.missing, budget, SCORED if asked else budget)
+        asked = seq.group.scores and seq.gone + seq.table.length < seq.group.prompt
+        return min(seq.missing, budget, SCORED if asked else budget, self.window - seq.table.length if self.window else budget)
 
     def _goal(self, seq: Seq, count: int) -> int:
         """Tokens for which a sequence must have blocks when it runs `count` more."""
-        return max(seq.table.length + count, seq.group.reserve)
+        goal = max(seq.table.length + count, seq.group.reserve)
+        return min(goal, self.window) if self.window else goal
 
     def _grow(self, group: Group, shares: dict[int, int], chunks: list[Chunk]) -> int:
         """Blocks and chunks of a group that runs; the tokens it takes."""
@@ -259,15 +266,15 @@ class Scheduler:
             count = shares.get(seq.id)
             if not count:
                 continue
-            table, start, known = seq.table, seq.table.length, len(seq.tokens)
-            stop = start + count
+            table, start, gone = seq.table, seq.table.length, seq.gone
+            stop, known = start + count, len(seq.tokens) - gone
             self.moves.copies += self.pool.grow(table, self._goal(seq, count))
             draft, samples = max(0, stop - known), stop >= known
-            ids = seq.tokens[start:stop] + seq.draft[:draft] if draft else seq.tokens[start:stop]
-            asked = group.scores and start < group.prompt
-            prompt = max(0, min(stop, group.prompt) - start)
+            ids = seq.tokens[start + gone : stop + gone] + seq.draft[:draft] if draft else seq.tokens[start + gone : stop + gone]
+            asked = group.scores and start + gone < group.prompt
+            prompt = max(0, min(stop, group.prompt - gone) - start)
             wants = count if asked else samples * (1 + draft)
-            chunks.append(Chunk(seq.id, start, stop, samples, table.blocks, wants, ids, prompt, draft))
+            chunks.append(Chunk(seq.id, start, stop, samples, table.blocks, wants, ids, prompt, draft, gone))
             taken += count
         return taken
 
@@ -334,7 +341,7 @@ class Scheduler:
             return
         for seq in group.seqs:
             self.pool.free(seq.table)
-            seq.parked = seq is not group.seqs[0]
+            seq.parked, seq.gone = seq is not group.seqs[0], 0
         insort(self.waiting, group, key=_order)
 
     def _first(self, group: Group) -> Seq:

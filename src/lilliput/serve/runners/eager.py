@@ -42,11 +42,18 @@ class Eager:
         blocks_2LGBTD = self.store_2LGSD.unflatten(3, (blocks, BLOCK))
         self.move = Mover([blocks_2LGBTD.movedim(3, 0)], swap).move
 
+    def refuses(self, positions: str, mass: bool) -> str | None:
+        """Why it cannot keep positions so while tokens leave the cache; None when it can."""
+        if positions == "in_cache" or mass:
+            return "the eager runner stores rotated keys and does not give out attention: serve.runner=native"
+        return None
+
     @torch.inference_mode()
-    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+    def forward(self, chunks: Sequence[Chunk], mass: Tensor | None = None) -> Tensor:
         """Logits fp32 [rows that chunks want, vocab], in order. Writes the new keys and values."""
+        assert mass is None, "refuses() comes first"
         tokens = [token for chunk in chunks for token in chunk.ids]
-        positions = [p for chunk in chunks for p in range(chunk.start, chunk.stop)]
+        positions = [p for chunk in chunks for p in range(chunk.start + chunk.gone, chunk.stop + chunk.gone)]
         new = self._tensor([slot for chunk in chunks for slot in slots(chunk.table, chunk.start, chunk.stop)])
         rows = [len(chunk.ids) for chunk in chunks]
         sampled = [row for chunk, end in zip(chunks, accumulate(rows)) for row in range(end - chunk.wants, end)]

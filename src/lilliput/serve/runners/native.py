@@ -30,13 +30,29 @@ class Native:
         model.plan.cache(self.store)
         self.move = Mover(self.store.by_block(), swap).move
 
-    @torch.inference_mode()
-    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Logits fp32 [rows that chunks want, vocab], in order. Writes the new keys and values."""
-        return self.partly(chunks, self.model.spec.layers)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and key heads."""
+        return self.store.layers, self.store.kv_heads
+
+    def refuses(self, positions: str, mass: bool) -> str | None:
+        """Why it cannot keep positions so while tokens leave the cache; None when it can."""
+        if positions == "in_cache" and not self.model.plan.on_read:
+            return "positions inside the cache need keys before RoPE: load the model with this policy"
+        if positions == "absolute" and self.model.plan.on_read:
+            return "the model was loaded for positions inside the cache, and this policy keeps those of the text"
+        return "two 4-bit keys share a byte, and this policy moves single keys" if mass and self.store.codec == "int4" else None
+
+    def forward(self, chunks: Sequence[Chunk], mass: Tensor | None = None) -> Tensor:
+        """Logits fp32 [rows that chunks want, vocab], in order. Writes the new keys and values; mass: ops.step.decoder_step."""
+        return self.partly(chunks, self.model.spec.layers, mass)
+
+    def shift(self, table: Sequence[int], source: Tensor, target: Tensor) -> None:
+        """Copy keys and values of a sequence from places to places: [M], or [layers, kv_heads, M]. All are read before one is written."""
+        self.store.shift(torch.tensor(table), source, target)
 
     @torch.inference_mode()
-    def partly(self, chunks: Sequence[Chunk], layers: int) -> Tensor:
+    def partly(self, chunks: Sequence[Chunk], layers: int, mass: Tensor | None = None) -> Tensor:
         """The same with the first `layers` layers and the head."""
         if self.model.plan.store is not self.store:  # NativeDecoder.hidden, or another engine, has put its own there
             self.model.plan.cache(self.store)
@@ -45,12 +61,14 @@ class Native:
         tables = bytearray().join(chunk.table.tobytes().ljust(widest, b"\0") for chunk in chunks)
         return self.model.step(
             _int32([token for chunk in chunks for token in chunk.ids]),
-            _int32([position for chunk in chunks for position in range(chunk.start, chunk.stop)]),
+            _int32([p for chunk in chunks for p in range(chunk.start, chunk.stop)] if self.model.plan.on_read else
+                   [p for chunk in chunks for p in range(chunk.start + chunk.gone, chunk.stop + chunk.gone)]),
             _int32([0, *ends]),
             _int32([chunk.stop for chunk in chunks]),
             torch.frombuffer(tables, dtype=torch.int32).view(len(chunks), -1),
             _int32([row for chunk, end in zip(chunks, ends) for row in range(end - chunk.wants, end)]),
             layers,
+            mass,
         )
 
 
