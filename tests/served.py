@@ -73,7 +73,7 @@ def oracle(model: Decoder, prompts: list[list[int]], new: int, penalty: float = 
 class Dice:
     """A runner without a model: logits that depend on the sequence and the position alone."""
 
-    def forward(self, chunks: list[Chunk]) -> torch.Tensor:
+    def forward(self, chunks: list[Chunk], mass: object = None) -> torch.Tensor:
         wanted = [(chunk.id, position) for chunk in chunks for position in range(chunk.stop - chunk.wants, chunk.stop)]
         rows = [torch.randn(259, generator=torch.Generator().manual_seed(1000 * id + position + 1)) for id, position in wanted]
         return torch.stack(rows) if rows else torch.empty(0, 259)

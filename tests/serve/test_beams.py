@@ -103,7 +103,7 @@ def test_cancel_and_failures_end_the_whole_search() -> None:
     class Broken:
         move = runner.move
 
-        def forward(self, chunks: list) -> torch.Tensor:
+        def forward(self, chunks: list, mass: object = None) -> torch.Tensor:
             logits = runner.forward(chunks).clone()
             if len(chunks) == 3:
                 logits[1, 5] = float("nan")

@@ -97,7 +97,7 @@ class Recorder:
         self.runner, self.move = runner, runner.move
         self.rows: dict[tuple[int, int], torch.Tensor] = {}
 
-    def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+    def forward(self, chunks: Sequence[Chunk], mass: object = None) -> torch.Tensor:
         logits = self.runner.forward(chunks)
         wanted = [(chunk.id, position) for chunk in chunks for position in range(chunk.stop - chunk.wants, chunk.stop)]
         self.rows |= dict(zip(wanted, logits))

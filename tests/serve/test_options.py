@@ -193,7 +193,7 @@ def test_a_broken_guide_ends_only_its_own_answer(model: Decoder, breaks: str, wo
 
 def test_logits_that_are_not_finite_end_only_their_own_answer(model: Decoder) -> None:
     class Broken(Dice):
-        def forward(self, chunks: list) -> torch.Tensor:
+        def forward(self, chunks: list, mass: object = None) -> torch.Tensor:
             logits = super().forward(chunks)
             logits[[chunk.id for chunk in chunks].index(1), 3] = float("nan")
             return logits
