@@ -12,6 +12,7 @@ from lilliput.data.tokenizer import Tokenizer
 from lilliput.models.decoder import Decoder
 from lilliput.models.families import from_canonical, hf_from_spec
 from lilliput.models.spec import DecoderSpec, Rope
+from lilliput.serve.blocks import BlockPool
 from lilliput.serve.engine import Engine
 from lilliput.serve.request import Sampling
 from lilliput.serve.scheduler import Chunk, Moves
@@ -80,3 +81,10 @@ class Dice:
 
     def move(self, moves: Moves) -> None:
         """It has no cache."""
+
+
+def forget(pool: BlockPool) -> None:
+    """Nothing that was computed can be found any more."""
+    for block in pool._index.values():
+        pool._key[block] = None
+    pool._index.clear()

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 
 import pytest
+from served import forget
 
 from lilliput.serve.blocks import BLOCK, BlockPool, Pairs, Table, blocks_for, consecutive, salted, slots
 
@@ -101,10 +102,11 @@ def test_swap_keeps_the_sharing_of_a_group() -> None:
     pool.grow(child, 41)
     pool.commit(child, [1] * 41, 41)
     assert len(pool.swap_out([parent, child])) == 4 and pool.free_count == 8 and pool.swap_free == 0
-    pool.forget()
+    forget(pool)
     assert len(pool.committed([parent, child])) == 4
     assert len(pool.swap_in([parent, child])) == 4 and pool.swap_free == 4 and pool.free_count == 4
     assert parent.blocks[:2] == child.blocks[:2] and parent.blocks[2] != child.blocks[2]
+    assert pool.find(pool.keys(Table(), [1] * 40, 2)) == list(parent.blocks[:2]), "and can be found again"
 
 
 def test_what_can_be_found_is_not_copied_back() -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from served import forget
 
 from lilliput.serve.blocks import BLOCK, BlockPool, Pairs, salted
 from lilliput.serve.scheduler import SCORED, Chunk, Group, Moves, Scheduler
@@ -93,7 +94,7 @@ def test_a_forked_group_shares_its_prompt_and_comes_back_from_either_preemption(
             scheduler.fork(1, id, id)
         assert scheduler.pool.free_count == 8
         assert step(scheduler) == [(i, 40, 41, True) for i in (1, 11, 12)] and scheduler.pool.free_count == 6
-        scheduler.pool.forget()
+        forget(scheduler.pool)
         scheduler._preempt(scheduler.running[0])
         assert scheduler.pool.free_count == 11
         scheduler.moves = Moves()

@@ -212,8 +212,10 @@ class BlockPool:
                     full = self.sharing and at < min(len(table.keys), table.length // BLOCK)
                     found = self._index.get(table.keys[at]) if full else None
                     if found is None:
-                        back[slot] = self._take(blocks[-1] if blocks else -1)
-                        pairs.append((slot, back[slot]))
+                        back[slot] = block = self._take(blocks[-1] if blocks else -1)
+                        pairs.append((slot, block))
+                        if full:  # it can be found again: the copy comes before anything reads
+                            self._key[block], self._index[table.keys[at]] = table.keys[at], block
                     else:
                         back[slot] = found
                         self._hold(found)
@@ -221,12 +223,6 @@ class BlockPool:
                 self._swap_drop(slot)
             table.blocks, table.swapped = blocks, False
         return pairs
-
-    def forget(self) -> None:
-        """Nothing that was computed can be found any more; tables keep their blocks."""
-        for block in self._index.values():
-            self._key[block] = None
-        self._index.clear()
 
     def _take(self, after: int) -> int:
         """A free block, now held once: the one behind `after` where that is free and empty (then a sequence stays one slice), else the first."""
