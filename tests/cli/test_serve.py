@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -101,12 +102,25 @@ def test_refusals_come_before_the_weights() -> None:
 # ---- the whole command
 
 
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def none_is_left() -> Iterator[None]:
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()  # no effect on one that has ended
+        process.wait(20)
+
+
 class Process:
     """`lilliput serve` as a process of its own."""
 
     def __init__(self, folder: Path, *overrides: str, port: int = 0) -> None:
         command = [sys.executable, "-m", "lilliput", "serve", str(folder), f"http.port={port}", "threads=1", "--json", *overrides]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        STARTED.append(self.process)
         document = ""
         while not document.endswith("\n}\n"):
             line = self.process.stdout.readline()
