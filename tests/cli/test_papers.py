@@ -97,6 +97,13 @@ def test_checkpointing_claim_holds_here():
     assert all(n < row["forwards, sqrt"] < 2 * n for n, row in rows.items())
 
 
+def test_poet_claim_holds_here():
+    finding = index.find("poet").run()
+    assert finding.holds, finding.summary
+    assert finding.summary == index.find("poet").measured, "the table of `lilliput papers` tells another number"
+    assert all(row["together"] <= min(row["again only"], row["paging only"]) for row in finding.rows)
+
+
 @pytest.mark.skipif(native.module() is None, reason=str(native.missing()))
 def test_flashattention_claim_holds_here():
     finding = index.find("flashattention-2").run()

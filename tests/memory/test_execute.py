@@ -171,7 +171,7 @@ def test_a_file_store_checks_the_disk_first(tmp_path: Path) -> None:
 def test_measured_seconds_are_of_every_operation() -> None:
     model, step, inputs = mlp(layers=3)
     trace, _ = traced((model, step, inputs))
-    measure(trace, lambda: step(model, *inputs), repeats=1)
+    measure(trace, lambda: step(model, *inputs), model.zero_grad, repeats=2)
     assert all(op.seconds > 0 for op in trace.ops if op.name != "detach")
     kinds = {(op.name, op.reads and trace.storages[op.reads[0]].bytes): op.seconds for op in trace.ops if op.name == "tanh"}
     assert len(kinds) == 1, "twins share their median"

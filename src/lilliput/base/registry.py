@@ -14,6 +14,7 @@ from lilliput.base.errors import UserError, did_you_mean
 ROOMS: dict[str, dict[str, str]] = {
     "train": {
         "lora": "lilliput.train.lora:Lora",
+        "poet": "lilliput.train.poet:Poet",
         "remat": "lilliput.train.remat:Remat",
     },
     "kv_policy": {

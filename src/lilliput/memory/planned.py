@@ -40,11 +40,11 @@ class Planned:
     """Stands in for an objective (model, micro-batch) -> (loss sum, weight), whose loss is divided by the weight before it goes backward.
 
     choose(trace) -> (name, decisions). The micro-batch is a dataclass with tensors in it. device, dtype(name): where and how parameters
-    on meta will lie.
+    on meta will lie. stores(trace): where its pages go, by tier.
     """
 
     def __init__(self, objective: Objective, choose: Choose, device: str, dtype: Callable[[str], torch.dtype],
-                 stores: Mapping[str, Store] | None = None) -> None:  # fmt: skip
+                 stores: Callable[[Trace], Mapping[str, Store]] = lambda trace: {}) -> None:  # fmt: skip
         self.objective, self.choose, self.device, self.dtype, self.stores = objective, choose, device, dtype, stores
         self.ready: dict[Any, Ready] = {}
 
@@ -85,7 +85,7 @@ class Planned:
         name, decisions = self.choose(trace)
         schedule = lower(trace, decisions)
         simulation = simulate(schedule)
-        ready = Ready(Executor(schedule, funcs, self.stores), written(trace, name, decisions, simulation), simulation, tuple(t.numel() for t in given.values()))
+        ready = Ready(Executor(schedule, funcs, self.stores(trace)), written(trace, name, decisions, simulation), simulation, tuple(t.numel() for t in given.values()))
         self.ready[self.key(micro, gradients)] = ready
         return ready
 

@@ -52,8 +52,8 @@ class _Clock(TorchDispatchMode):
         return result
 
 
-def measure(trace: Trace, run: Callable[[], torch.Tensor], repeats: int = 3) -> Trace:
-    """The trace with measured seconds. run(): takes gradients off and gives the loss of a plain forward pass; its backward pass follows here.
+def measure(trace: Trace, run: Callable[[], torch.Tensor], before: Callable[[], object] = lambda: None, repeats: int = 3) -> Trace:
+    """The trace with measured seconds. before(): puts gradients as they were traced; run(): the loss of a plain forward pass.
 
     Needs the memory of the plain run: measure a smaller batch where that is too much, or estimate.
     """
@@ -61,6 +61,7 @@ def measure(trace: Trace, run: Callable[[], torch.Tensor], repeats: int = 3) -> 
     kinds: dict[Any, list[float]] = {}
     ops = [op for op in trace.ops if op.name != MOVES]
     for _ in range(repeats):
+        before()
         begin, clock = perf_counter(), _Clock()
         with clock:
             run().backward()

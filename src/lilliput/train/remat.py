@@ -78,9 +78,7 @@ class Remat(Section):
             return self.without_cheap(ledger, facts, site)
         if self.kind != "budget":
             return shrunk(ledger, facts, site, self.segment(facts), facts.layers)
-        limit = parse_size(self.budget)
-        options = [ledger, *(shrunk(ledger, facts, site, 1, again) for again in range(1, facts.layers + 1))]
-        return next((option for option in options if option.peak()[0] <= limit), options[-1])
+        return fewest(ledger, facts, site, parse_size(self.budget))
 
     def without_cheap(self, ledger: Ledger, facts: Facts, site: Site) -> Ledger:
         """Normed inputs, the attention's output, the activation and its product with the gate leave; attention's flops come again."""
@@ -135,6 +133,12 @@ class Remat(Section):
             return option.name, option.decisions
         every = self.segment(rig.facts)
         return f"segments of {every} blocks", segments(blocks, [0, *range(1, len(blocks), every)], until=len(blocks) - 1)
+
+
+def fewest(ledger: Ledger, facts: Facts, site: Site, limit: int) -> Ledger:
+    """The ledger with the fewest blocks run again that bring its peak to `limit` bytes; with all of them where none does."""
+    options = [ledger, *(shrunk(ledger, facts, site, 1, again) for again in range(1, facts.layers + 1))]
+    return next((option for option in options if option.peak()[0] <= limit), options[-1])
 
 
 def shrunk(ledger: Ledger, facts: Facts, site: Site, every: int, again: int) -> Ledger:

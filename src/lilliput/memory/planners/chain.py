@@ -22,6 +22,7 @@ from lilliput.memory.trace import FREE, OP, UNPACK, Trace
 
 WIDER = 1.4  # a cut is left out when more than this many times what crosses narrower ones on both sides crosses it
 
+MANY = 6  # a storage with so many readers all over the forward pass is no boundary
 NEAR = 4  # so many neighbouring valleys are looked at
 
 
@@ -97,9 +98,11 @@ class Layout:
 
 
 def crossing(trace: Trace) -> list[int]:
-    """Bytes that cross the cut before each forward operation."""
+    """Bytes that cross the cut before each forward operation; what nearly all of the pass reads (tables, masks) crosses everywhere and is left out."""
     changes = [0] * (trace.forwards + 2)
     for s in trace.storages:
+        if len(s.readers) >= MANY and s.writers and s.readers[-1] - s.writers[0] > trace.forwards / 3:
+            continue
         if s.writers and s.writers[0] < trace.forwards and s.readers and s.readers[-1] > s.writers[0]:
             changes[s.writers[0] + 1] += s.bytes
             changes[s.readers[-1] + 1] -= s.bytes

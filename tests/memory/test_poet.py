@@ -1,0 +1,141 @@
+"""POET's program against exhaustive search, against either half of it, and as an executed plan."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+import time
+
+import pytest
+
+from lilliput.base.errors import DoesNotFit
+from lilliput.memory.boards import BOARDS
+from lilliput.memory.planners.poet import Graph, energy, peak, solve
+
+
+def subsets(items):
+    items = sorted(items)
+    return itertools.chain.from_iterable(itertools.combinations(items, r) for r in range(len(items) + 1))
+
+
+def search(graph: Graph, budget: float) -> float | None:
+    """Least cost over all states (stage, in memory, on storage): Dijkstra, every choice of every stage."""
+    n, size = len(graph), graph.bytes
+    heap, best, ticket = [(0.0, 0, 0, frozenset(), frozenset())], set(), itertools.count(1)
+    while heap:
+        spent, _, t, here, stored = heapq.heappop(heap)
+        if t == n:
+            return spent
+        if (t, here, stored) in best:
+            continue
+        best.add((t, here, stored))
+        for more in subsets(range(t)):
+            computed = (*more, t)
+            if any(u not in here and u not in computed for v in computed for u in graph.deps[v]):
+                continue
+            for coming in subsets(stored - here):
+                start = sum(size[i] for i in here) + sum(size[i] for i in coming)
+                if start > budget:
+                    continue
+                for stays in subsets(here | set(computed) | set(coming)):
+                    used = most = start
+                    for v in computed:
+                        used += size[v]
+                        most = max(most, used)
+                        used -= sum(size[u] for u in graph.deps[v] if u not in stays and not any(u in graph.deps[w] for w in computed if w > v))
+                    if most > budget:
+                        continue
+                    for going in subsets(here - stored):
+                        price = sum(graph.cost[v] for v in computed) + sum(graph.page_in[i] for i in coming) + sum(graph.page_out[i] for i in going)
+                        heapq.heappush(heap, (spent + price, next(ticket), t + 1, frozenset(stays), stored | set(going)))
+    return None
+
+
+def drawn(seed: int, n: int) -> Graph:
+    draw = random.Random(seed)
+    deps = tuple(tuple(sorted(draw.sample(range(v), min(v, draw.randint(1, 2))))) for v in range(n))
+    numbers = lambda low, high: tuple(float(draw.randint(low, high)) for _ in range(n))
+    return Graph(deps, numbers(1, 3), numbers(1, 9), numbers(1, 3), numbers(1, 3))
+
+
+@pytest.mark.parametrize("seeds", [range(0, 50), range(50, 100)], ids=str)
+def test_equals_exhaustive_search(seeds: range) -> None:
+    feasible = 0
+    for seed in seeds:
+        graph = drawn(seed, 3 + seed % 3)
+        budget = float(random.Random(seed).randint(3, 8))
+        expected = search(graph, budget)
+        if expected is None:
+            with pytest.raises(DoesNotFit):
+                solve(graph, budget)
+            continue
+        feasible += 1
+        found = solve(graph, budget)
+        assert found.cost == pytest.approx(expected), f"seed {seed}"
+        assert peak(graph, found) <= budget
+    assert feasible >= 20
+
+
+def training(layers: int, dear: int = 0) -> Graph:
+    """A chain forward and backward, every other layer ten times as dear: there paging pays, between them running again."""
+    deps: list[tuple[int, ...]] = [((i - 1,) if i else ()) for i in range(layers)]
+    for k in range(layers):
+        i = layers - 1 - k
+        deps.append(tuple(sorted({i, *([i - 1] if i else []), *([layers + k - 1] if k else [])})))
+    cost = [10.0 if i % 2 == dear else 1.0 for i in range(layers)]
+    n = 2 * layers
+    return Graph(tuple(deps), (1.0,) * n, (*cost, *reversed(cost)), (2.0,) * n, (2.0,) * n)
+
+
+def test_together_never_worse_and_often_better() -> None:
+    better = total = 0
+    for layers, dear in itertools.product((6, 7, 8), (0, 1)):
+        for budget in range(4, layers // 2 + 3):
+            graph, costs = training(layers, dear), []
+            for again, paging in ((True, True), (True, False), (False, True)):
+                try:
+                    found = solve(graph, budget, again=again, paging=paging)
+                    costs.append(found.cost)
+                    assert peak(graph, found) <= budget
+                except DoesNotFit:
+                    costs.append(float("inf"))
+            assert costs[0] <= min(costs[1:]) + 1e-6
+            better += costs[0] < min(costs[1:]) - 1e-6
+            total += 1
+    assert better >= 0.3 * total, f"strictly better in {better} of {total}"
+
+
+@pytest.mark.slow
+def test_thirty_two_nodes_in_thirty_seconds() -> None:
+    for layers in (12, 16):
+        begin = time.process_time()
+        found = solve(training(layers), layers / 2 + 2, limit=30.0)
+        assert found.gap <= 0.01 and peak(training(layers), found) <= layers / 2 + 2
+        assert time.process_time() - begin < 60, "two threads at most"
+
+
+def test_what_cannot_be_names_bytes_or_the_deadline() -> None:
+    graph = training(4)
+    with pytest.raises(DoesNotFit, match="no schedule fits"):
+        solve(graph, 1.0)
+    free = solve(graph, 100.0).cost
+    with pytest.raises(DoesNotFit, match="deadline"):
+        solve(graph, 4.0, deadline=free * 0.99)
+    assert solve(graph, 4.0, deadline=free * 9).cost >= free
+
+
+def test_what_pays_follows_from_a_boards_joules() -> None:
+    """4 KiB and 20,000 flops a node: software floats (M0+) cost 7.9 mJ and a page 0.66 mJ both ways, so it pages; an M4F computes for 0.03 mJ."""
+    flops, size, layers = 2e4, 4096.0, 8
+    used = {}
+    for name in ("mkr1000", "m4f", "a72"):
+        board, n = BOARDS[name], 2 * layers
+        page = [(board.disk.latency + size / rate,) * n for rate in (board.disk.read, board.disk.write)]
+        times = Graph(training(layers).deps, (size,) * n, (board.seconds(flops),) * n, *page)
+        joules = energy(times, board.watts, board.disk.watts)
+        found = solve(joules, 5 * size)
+        assert found.cost <= min(solve(joules, 5 * size, paging=False).cost, solve(joules, 7 * size, again=False).cost) or found.paged_in
+        used[name] = len(found.paged_in), len(found.computed) - n
+    assert used["mkr1000"][0] > 0 and used["mkr1000"][1] == 0, used
+    assert used["m4f"][0] == 0 and used["m4f"][1] > 0 and used["a72"][1] > 0, used
