@@ -85,7 +85,8 @@ class Planned:
         name, decisions = self.choose(trace)
         schedule = lower(trace, decisions)
         simulation = simulate(schedule)
-        ready = Ready(Executor(schedule, funcs, self.stores(trace)), written(trace, name, decisions, simulation), simulation, tuple(t.numel() for t in given.values()))
+        plan, sizes = written(trace, name, decisions, simulation), tuple(t.numel() for t in given.values())
+        ready = Ready(Executor(schedule, funcs, self.stores(trace)), plan, simulation, sizes)
         self.ready[self.key(micro, gradients)] = ready
         return ready
 

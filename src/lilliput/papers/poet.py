@@ -22,8 +22,9 @@ def run() -> Finding:
     saved = max(1 - row["together"] / min(row["again only"], row["paging only"]) for row in rows)
     exact, same, paged = _executed()
     summary = (
-        f"together never worse than either alone in {len(rows) - worse} of {len(rows)} chains and cheaper in {better}, by up to {saved:.0%}; executed for a decoder "
-        f"{'with' if paged else 'WITHOUT'} pages: bytes {'as predicted' if exact else 'NOT as predicted'}, gradients {'bitwise equal' if same else 'NOT equal'}"
+        f"together never worse than either alone in {len(rows) - worse} of {len(rows)} chains and cheaper in {better}, by up to {saved:.0%}; "
+        f"executed for a decoder {'with' if paged else 'WITHOUT'} pages: bytes {'as predicted' if exact else 'NOT as predicted'}, "
+        f"gradients {'bitwise equal' if same else 'NOT equal'}"
     )
     return Finding(summary, tuple(rows), worse == 0 and better >= 0.3 * len(rows) and exact and same and paged > 0)
 

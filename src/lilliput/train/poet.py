@@ -31,7 +31,7 @@ from lilliput.base.show import parse_size, size
 from lilliput.train.remat import MOMENTS, fewest
 
 if TYPE_CHECKING:
-    from lilliput.memory.simulate import Rates
+    from lilliput.memory.simulate import Rates, Simulation
     from lilliput.memory.trace import Trace
     from lilliput.parallel.rig import Rig
 
@@ -66,7 +66,7 @@ class Poet(Section):
 
     def cost(self, ledger: Ledger, facts: Facts, site: Site) -> Ledger:
         """By closed forms, as if the fewest blocks that meet the budget ran again; the run itself plans to the byte, with pages."""
-        return fewest(ledger, facts, site, parse_size(self.budget))
+        return fewest(ledger, facts, site, parse_size(self.budget)) if self.budget else ledger
 
     @property
     def tier(self) -> Tier:
@@ -125,7 +125,7 @@ class Poet(Section):
         gradients = sum(s.bytes for s in trace.storages if s.external and s.kind == "gradient")
         room = parse_size(self.budget) - standing - gradients
         whole = sum(s.saved for s in stages.stages)
-        found = [("keep everything", {}, simulate(lower(trace, {}), rates))]
+        found: list[tuple[str, dict[int, Any], Simulation]] = [("keep everything", {}, simulate(lower(trace, {}), rates))]
         for level in range(1, LEVELS + 1):
             try:
                 solved = poet.solve(graph, whole * level / (LEVELS + 1), limit=SECONDS)

@@ -78,7 +78,7 @@ class Remat(Section):
             return self.without_cheap(ledger, facts, site)
         if self.kind != "budget":
             return shrunk(ledger, facts, site, self.segment(facts), facts.layers)
-        return fewest(ledger, facts, site, parse_size(self.budget))
+        return fewest(ledger, facts, site, parse_size(self.budget)) if self.budget else ledger
 
     def without_cheap(self, ledger: Ledger, facts: Facts, site: Site) -> Ledger:
         """Normed inputs, the attention's output, the activation and its product with the gate leave; attention's flops come again."""

@@ -149,7 +149,8 @@ def solve(graph: Graph, budget: float, *, again: bool = True, paging: bool = Tru
     if found.status == 2:
         if deadline is not None:
             solve(graph, budget, again=again, paging=paging, limit=limit)  # DoesNotFit of its own where bytes are at fault
-            raise DoesNotFit("no schedule meets the deadline", f"{deadline:g} s for computing and paging within {budget:,.0f} bytes", "a later deadline or more bytes")
+            why = f"{deadline:g} s for computing and paging within {budget:,.0f} bytes"
+            raise DoesNotFit("no schedule meets the deadline", why, "a later deadline or more bytes")
         raise DoesNotFit("no schedule fits", f"the graph has {len(graph)} nodes, the budget {budget:,.0f} bytes", "more bytes")
     if found.x is None:
         raise UserError("the solver ran out of time", f"{limit:g} s were not enough for {len(graph)} nodes", "a longer limit or fewer nodes")
