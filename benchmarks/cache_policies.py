@@ -59,7 +59,8 @@ def quality(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
 def stream(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
     """Perplexity of each stretch of 4,096 tokens; beside it, at sampled places, that of the window computed anew."""
     size, stretch = args.budget, 4096
-    raw = gzip.open(args.text, "rt", encoding="utf-8").read() if args.text.endswith(".gz") else Path(args.text).read_text(encoding="utf-8")
+    data = Path(args.text).read_bytes()
+    raw = (gzip.decompress(data) if args.text.endswith(".gz") else data).decode()
     model = lilliput.load(args.model, weights=args.weights)
     ids = model.tokenizer.encode(raw)[: args.tokens]
     sides = {}

@@ -15,7 +15,7 @@ from pathlib import Path
 import lilliput
 from lilliput.base.show import Show
 
-QUESTION = "What is the capital of France?"
+QUESTION = "Why is the sky blue?"
 PROMPT = "ROMEO:\nBut, soft! what light through yonder"
 
 

@@ -2,7 +2,7 @@
 
     import lilliput
     model = lilliput.load("smollm2-135m")
-    model.chat("What is the capital of France?")
+    model.chat("Why is the sky blue?")
 
 Nothing here prints or keeps hidden state: a chat remembers only inside a `Chat`. torch loads when a model does.
 """

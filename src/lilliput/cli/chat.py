@@ -50,7 +50,7 @@ def chat(
 
     \b
     Examples:
-      lilliput chat "What is the capital of France?"
+      lilliput chat "Why is the sky blue?"
       lilliput chat -m runs/job/model generate.temperature=0.7 seed=3
       cat question.txt | lilliput chat --json
     """
@@ -70,9 +70,9 @@ def chat(
     if question is None and not sys.stdin.isatty():
         question = sys.stdin.read().removesuffix("\n")
     if question is None and json:
-        raise UserError("--json needs a question", why="a conversation has no single document", fix='lilliput chat --json "What is the capital of France?"')
+        raise UserError("--json needs a question", why="a conversation has no single document", fix='lilliput chat --json "Why is the sky blue?"')
     if question is not None and not raw and not question.strip():
-        raise UserError("the question is empty", fix='lilliput chat "What is the capital of France?"')
+        raise UserError("the question is empty", fix='lilliput chat "Why is the sky blue?"')
     return answer(job, question, show, raw=raw)
 
 

@@ -52,7 +52,7 @@ def root(
 
     \b
     lilliput pull                                  fetch the default model (smollm2-135m)
-    lilliput chat "What is the capital of France?"
+    lilliput chat "Why is the sky blue?"
     lilliput serve                                 OpenAI's API and a web page on loopback
     lilliput plan model=llama-7b lora=on           what a job will cost, before it runs
     lilliput train job.toml train.steps=200        the same command resumes

@@ -12,7 +12,7 @@ from lilliput.base.config import Section, toml_value, wanted
 from lilliput.base.job import CORE, sections
 from lilliput.cli.main import VERBS, application
 
-KINDS = {"train": "train rooms", "kv_policy": "cache policies"}
+KINDS = {"train": "train rooms", "kv_policy": "cache policies", "drafter": "drafters"}
 
 
 def generate() -> str:
