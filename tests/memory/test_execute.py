@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 
@@ -175,3 +176,29 @@ def test_measured_seconds_are_of_every_operation() -> None:
     assert all(op.seconds > 0 for op in trace.ops if op.name != "detach")
     kinds = {(op.name, op.reads and trace.storages[op.reads[0]].bytes): op.seconds for op in trace.ops if op.name == "tanh"}
     assert len(kinds) == 1, "twins share their median"
+
+
+def test_what_was_changed_in_place_later_runs_again_from_its_beginning() -> None:
+    """exp reads the linear's output before tanh_ changes it: the kept result of tanh_ is no source for it."""
+
+    def step(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        a = model(x)
+        b = (a * 2).exp()
+        return (a.tanh_() * b).sum()
+
+    torch.manual_seed(0)
+    net = nn.Linear(8, 8), step, [torch.randn(4, 8)]
+    trace, funcs = traced(net)
+    plan = {s.index: RECOMPUTE for s in trace.saved() if s.name.endswith(" exp")}
+    simulated, meter, outcome = metered(net, lower(trace, plan), funcs)
+    assert plan and same(outcome, run(net)) and simulated.peak["device"] == meter.peak
+    assert any(trace.ops[number].name == "addmm" for number in simulated.replayed)
+
+
+def test_moving_averages_move_once() -> None:
+    net = NETS["resnet18"]()
+    twin = copy.deepcopy(net[0]), net[1], net[2]
+    trace, funcs = traced(net)
+    run(net, Executor(lower(trace, {s.index: RECOMPUTE for s in trace.saved()}), funcs))
+    run(twin)
+    assert all(torch.equal(a, b) for a, b in zip(net[0].buffers(), twin[0].buffers(), strict=True))

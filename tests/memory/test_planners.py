@@ -19,7 +19,7 @@ from lilliput.memory.lower import lower
 from lilliput.memory.planners import chain_dp, chen
 from lilliput.memory.planners.budget import frontier
 from lilliput.memory.planners.chain import Chain, chain
-from lilliput.memory.planners.chain_dp import Costs, solve
+from lilliput.memory.planners.chain_dp import Costs, Node, solve
 from lilliput.memory.planners.recursive import recursive
 from lilliput.memory.planners.selective import selective
 from lilliput.memory.planners.sqrt import every, segments, sqrt
@@ -152,6 +152,18 @@ def search(costs: Costs, budget: int) -> float | None:
     return None
 
 
+def spent(costs: Costs, node: Node | None, left: int) -> float:
+    """Seconds of a built schedule; AssertionError where it needs more than the `left` bytes."""
+    if node is None:
+        return 0.0
+    if node.kind == "save":
+        i = node.first
+        assert costs.saved[i] + costs.beside[i] <= left
+        return costs.forward[i] + costs.backward[i] + spent(costs, node.right, left - costs.saved[i])
+    sweep = sum(costs.forward[node.first : node.at]) + (costs.page[node.at] if node.paged else 0.0)
+    return sweep + spent(costs, node.right, left - (0 if node.paged else costs.enters[node.at])) + spent(costs, node.left, left)
+
+
 def test_the_dynamic_program_equals_a_search_over_all_states(monkeypatch: pytest.MonkeyPatch) -> None:
     feasible = 0
     for seed in range(120):
@@ -168,6 +180,8 @@ def test_the_dynamic_program_equals_a_search_over_all_states(monkeypatch: pytest
         monkeypatch.setattr(chain_dp, "SLOTS", budget)  # one slot a byte: nothing is rounded
         solved, expected = solve(costs, budget), search(costs, budget)
         assert (solved[0] if solved else None) == expected, f"seed {seed}"
+        if solved is not None:
+            assert spent(costs, solved[1], budget) == solved[0], "what was built is what was priced, and fits at every step"
         feasible += expected is not None
     assert feasible > 60
 
