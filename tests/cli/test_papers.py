@@ -51,7 +51,7 @@ def test_status_is_derived_from_run_and_registry():
 
 
 def test_no_system_without_a_run_claims_to_work():
-    assert [paper.name for paper in every() if paper.works] == ["checkpointing", "poet", "flashattention-2", "bytetransformer", "vllm"]
+    assert [paper.name for paper in every() if paper.works] == ["checkpointing", "poet", "flashattention-2", "bytetransformer", "vllm", "speculative-decoding"]
 
 
 def test_what_works_was_measured_and_nothing_else():
@@ -60,7 +60,7 @@ def test_what_works_was_measured_and_nothing_else():
 
 def test_switches_name_keys_that_exist():
     known = sections()
-    rooms = {name for table in registry.ROOMS.values() for name in table}
+    rooms = {"serve"}.union(*registry.ROOMS.values())
     for paper in every():
         for switch in paper.switches:
             section, _, rest = switch.partition(".")
@@ -128,3 +128,10 @@ def test_pagedattention_claim_holds_here():
     for kind in ("parallel", "beam"):
         two, four, six = (saved[f"{kind}, {width} answers: saved"] for width in (2, 4, 6))
         assert two < four < six, "more answers share more"
+
+
+def test_speculative_claim_holds_here():
+    finding = index.find("speculative-decoding").run()
+    assert finding.holds, finding.summary
+    assert finding.summary == index.find("speculative-decoding").measured, "the table of `lilliput papers` tells another number"
+    assert all(row["passes"] + row["accepted"] == row["passes without"] for row in finding.rows)
