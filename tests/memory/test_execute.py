@@ -10,9 +10,10 @@ import pytest
 import torch
 from nets import NETS, gpt, metered, mlp, run, same, traced
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lilliput.base.errors import DoesNotFit, UserError
-from lilliput.memory.capture import capture
+from lilliput.memory.capture import Recorder, capture
 from lilliput.memory.execute import Executor
 from lilliput.memory.lower import first_asked, lower
 from lilliput.memory.meter import Meter
@@ -202,3 +203,13 @@ def test_moving_averages_move_once() -> None:
     run(net, Executor(lower(trace, {s.index: RECOMPUTE for s in trace.saved()}), funcs))
     run(twin)
     assert all(torch.equal(a, b) for a, b in zip(net[0].buffers(), twin[0].buffers(), strict=True))
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", True), ("cuda", False)])
+def test_random_numbers_of_another_device_are_kept(device: str, expected: bool) -> None:
+    """Only the CPU generator's state is saved: on a GPU (here a fake one) a drawn mask may not run again."""
+    recorder = Recorder({})
+    with FakeTensorMode(), recorder:
+        nn.functional.dropout(torch.empty(2, 4, device=device), 0.5)
+    drawn = [op for op in recorder.ops if op.random]
+    assert drawn and all(op.replayable is expected for op in drawn)

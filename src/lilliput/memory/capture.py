@@ -98,6 +98,8 @@ class Recorder(TorchDispatchMode):
         op.flops = float(flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)) if func.overloadpacket in flop_registry else 0.0
         moved = [w for w in writes if self.storages[w].external]
         op.replayable = name not in HIDDEN and not (moved and name not in STATISTICS) and not isinstance(kwargs.get("generator"), torch.Generator)
+        if op.random and any(t.device.type != "cpu" for t in (*leaves, *out)):
+            op.replayable = False  # only the CPU generator's state is kept; elsewhere what was drawn stays
         for storage_index in dict.fromkeys((*writes, *news)):
             if not self.storages[storage_index].external or storage_index in news:
                 self.storages[storage_index].writers.append(number)
