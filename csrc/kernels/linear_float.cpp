@@ -147,18 +147,27 @@ constexpr int ROWS = 6, WIDE = 1, ALONE = 4;  // 12 sums of 16 registers
 #else
 constexpr int ROWS = 2, WIDE = 1, ALONE = 1;
 #endif
+constexpr int ASKED = 16;  // inputs between two requests for what is wanted next
 constexpr int FEW = 3;  // rows below which decoding in registers is cheaper
 
-// Rows from..: all chunks of the inputs for NP panels whose decoded numbers lie in `wide`; sums wait in y between chunks.
+// Rows from..: all chunks of the inputs for NP panels whose decoded numbers lie in `wide`; sums wait in y between chunks. soon: bytes that are
+// wanted next, `each` an input, asked for meanwhile; null: nothing.
 template <int MR, int NP>
-void decoded(const float* wide, const float* x, long x_stride, int row, int from, int to, float* sums, bool first) {
+void decoded(const float* wide, const float* x, long x_stride, int row, int from, int to, float* sums, bool first, const uint8_t* const* soon, int each) {
   const float* rows[MR];
   for (int i = 0; i < MR; i++) rows[i] = x + (row + i) * x_stride;
   vf acc[MR][NP][V];
   for (int i = 0; i < MR; i++)
     for (int j = 0; j < NP; j++)
       for (int v = 0; v < V; v++) acc[i][j][v] = first ? zero() : load(sums + (long(row + i) * NP + j) * PANEL + v * W);
-  chain<MR, NP, F32, SYMMETRIC>(acc, nullptr, wide, long(CHUNK) * PANEL, rows, from, to);
+  if (!soon) chain<MR, NP, F32, SYMMETRIC>(acc, nullptr, wide, long(CHUNK) * PANEL, rows, from, to);
+  else
+    for (int k = from; k < to; k += ASKED) {
+      const int end = k + ASKED < to ? k + ASKED : to;
+      for (int j = 0; j < NP; j++)
+        for (int b = (k - from) * each; b < (end - from) * each; b += 64) __builtin_prefetch(soon[j] + b);
+      chain<MR, NP, F32, SYMMETRIC>(acc, nullptr, wide + long(k - from) * PANEL, long(CHUNK) * PANEL, rows, k, end);
+    }
   for (int i = 0; i < MR; i++)
     for (int j = 0; j < NP; j++)
       for (int v = 0; v < V; v++) store(sums + (long(row + i) * NP + j) * PANEL + v * W, acc[i][j][v]);
@@ -177,9 +186,29 @@ void many(const Weight& w, const float* x, long x_stride, int r0, int r1, int pa
     for (int j = 0; j < NP; j++)
       for (int k = from; k < to; k++)
         for (int v = 0; v < V; v++) store(wide + (long(j) * CHUNK + k - from) * PANEL + v * W, number<F, O>(p[j], k, v));
-    int r = r0;
-    for (; r + ROWS <= r1; r += ROWS) decoded<ROWS, NP>(wide, x, x_stride, r, from, to, sums - long(r0) * NP * PANEL, from == 0);
-    for (; r < r1; r++) decoded<1, NP>(wide, x, x_stride, r, from, to, sums - long(r0) * NP * PANEL, from == 0);
+    const uint8_t* soon[NP];  // the next chunk of these panels, or the first of the next ones; what lies beyond the end is no fault
+    const int each = F == F32 ? 4 * PANEL : F == F16 ? 2 * PANEL : F == W8 || F == E4M3 || F == E5M2 ? PANEL : PANEL / 2;
+    for (int j = 0; j < NP; j++)
+      soon[j] = to < w.inputs ? static_cast<const uint8_t*>(p[j].data) + long(to) * each : static_cast<const uint8_t*>(panel_of<F>(w, panel + NP + j).data);
+    const int blocks = (r1 - r0 + ROWS - 1) / ROWS;
+    for (int i = 0, r = r0; i < blocks; i++) {  // of nearly equal height
+      const int rows = (r1 - r + blocks - i - 1) / (blocks - i);
+      const uint8_t* const* asked = i == 0 ? soon : nullptr;
+      float* base = sums - long(r0) * NP * PANEL;
+      switch (rows) {
+#define ROWS_OF(n) case n: decoded<n, NP>(wide, x, x_stride, r, from, to, base, from == 0, asked, each); break;
+        ROWS_OF(1) ROWS_OF(2)
+#if defined(__AVX2__)
+        ROWS_OF(3) ROWS_OF(4) ROWS_OF(5) ROWS_OF(6)
+#endif
+#if defined(__AVX512F__)
+        ROWS_OF(7) ROWS_OF(8)
+#endif
+#undef ROWS_OF
+        default: break;
+      }
+      r += rows;
+    }
   }
   for (int r = r0; r < r1; r++) {
     vf acc[1][NP][V];
