@@ -51,7 +51,8 @@ def test_status_is_derived_from_run_and_registry():
 
 
 def test_no_system_without_a_run_claims_to_work():
-    assert [paper.name for paper in every() if paper.works] == ["checkpointing", "poet", "flashattention-2", "bytetransformer", "vllm", "speculative-decoding"]
+    working = ["checkpointing", "poet", "qlora", "flashattention-2", "bytetransformer", "vllm", "speculative-decoding"]
+    assert [paper.name for paper in every() if paper.works] == working
 
 
 def test_what_works_was_measured_and_nothing_else():
@@ -102,6 +103,13 @@ def test_poet_claim_holds_here():
     assert finding.holds, finding.summary
     assert finding.summary == index.find("poet").measured, "the table of `lilliput papers` tells another number"
     assert all(row["together"] <= min(row["again only"], row["paging only"]) for row in finding.rows)
+
+
+def test_qlora_claim_holds_here():
+    finding = index.find("qlora").run()
+    assert finding.holds, finding.summary
+    assert finding.summary == index.find("qlora").measured, "the table of `lilliput papers` tells another number"
+    assert [row["bits a weight"] for row in finding.rows[:2]] == [4.127, 4.5]
 
 
 @pytest.mark.skipif(native.module() is None, reason=str(native.missing()))

@@ -125,7 +125,7 @@ def test_micro_batches_do_not_change_the_step(text: Path, tmp_path: Path) -> Non
     assert len(two) == 4 and two == pytest.approx(four, rel=1e-5)
 
 
-@pytest.mark.parametrize("room", ["lora.rank=4", "remat.every=2", "remat.budget=40MB", "dtype=bf16"])
+@pytest.mark.parametrize("room", ["lora.rank=4", "qlora.rank=4", "remat.every=2", "remat.budget=40MB", "dtype=bf16"])
 def test_interrupted_runs_continue_bitwise(room: str, text: Path, tmp_path: Path) -> None:
     key, value = room.split("=")
     steps = {"train.steps": "8", "train.save_every": "0", key: value}

@@ -15,6 +15,7 @@ ROOMS: dict[str, dict[str, str]] = {
     "train": {
         "lora": "lilliput.train.lora:Lora",
         "poet": "lilliput.train.poet:Poet",
+        "qlora": "lilliput.train.qlora:Qlora",
         "remat": "lilliput.train.remat:Remat",
     },
     "kv_policy": {

@@ -10,6 +10,8 @@ Decoder.init_weights or a checkpoint fills them.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,9 +20,18 @@ from lilliput.ops.linear import linear
 from lilliput.ops.norm import rms_norm
 
 
+class Codec(Protocol):
+    """How the bytes of one matrix are read."""
+
+    def decode(self, stored: Tensor) -> Tensor:
+        """The fp32 matrix that they stand for."""
+        ...
+
+
 class Linear(nn.Module):
     """y = x W^T + b + sum of delta(x). weight [outputs, inputs].
 
+    `codec`: where one is set, `weight` is frozen bytes that it decodes into [outputs, inputs] for each product, forward and backward.
     `deltas`: name -> module with forward(x [..., inputs]) -> [..., outputs], added to the output. The names of weight
     and bias do not change when a delta is set; a delta's own parameters lie under `deltas.{name}.`.
     """
@@ -30,11 +41,16 @@ class Linear(nn.Module):
         self.inputs, self.outputs = inputs, outputs
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.codec: Codec | None = None
         self.deltas = nn.ModuleDict()
+
+    def matrix(self) -> Tensor:
+        """W [outputs, inputs], decoded where it is stored as bytes."""
+        return self.weight if self.codec is None else self.codec.decode(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs] in x's dtype."""
-        y = linear(x, self.weight, self.bias)
+        y = linear(x, self.weight, self.bias, None if self.codec is None else self.codec.decode)
         for delta in self.deltas.values():
             y = y + delta(x)
         return y

@@ -40,12 +40,16 @@ def encode(weight_NK: Tensor, format: str, group: int = 64) -> PackedWeight:
     check_group(inputs, group)
     grouped = weight_NK.unflatten(1, (-1, group))
     scales_NG = grouped.abs().amax(-1).half()
-    levels = torch.tensor(NF4)
-    borders = (levels[1:] + levels[:-1]) / 2
-    n = torch.bucketize(grouped / scales_NG.float().clamp(min=1e-24)[..., None], borders).flatten(1).to(torch.uint8)
+    n = nearest_nf4(grouped / scales_NG.float().clamp(min=1e-24)[..., None]).flatten(1)
     eights = panels(n).unflatten(2, (-1, 2, 4))
     data = (eights[:, :, :, 0] | eights[:, :, :, 1] << 4).transpose(1, 2).contiguous()
     return PackedWeight("nf4", outputs, inputs, group, "symmetric", data, group_tensor(scales_NG))
+
+
+def nearest_nf4(x: Tensor) -> Tensor:
+    """uint8 numbers 0..15 of the levels nearest to x in -1..1; halfway between two, the lower one."""
+    levels = torch.tensor(NF4, device=x.device)
+    return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
 
 
 def decode(weight: PackedWeight) -> Tensor:

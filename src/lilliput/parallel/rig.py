@@ -30,7 +30,7 @@ from lilliput.parallel.optimizer import AdamW
 class Home:
     """Where a parameter lives between uses: how it is stored, and in which tier."""
 
-    codec: str = "fp32"  # fp32 | bf16
+    codec: str = "fp32"  # fp32 | bf16 | nf4
     tier: str = "device"
 
 
@@ -98,6 +98,10 @@ class Rig:
     def home(self, name: str) -> Home:
         """The home of a parameter."""
         return [home for pattern, home in self.homes if fnmatch.fnmatchcase(name, pattern)][-1]
+
+    def source(self, name: str) -> Callable[[str, tuple[int, ...], int], torch.Tensor]:
+        """What makes a parameter: the last `init` that matches its name."""
+        return [make for pattern, make in self.init if fnmatch.fnmatchcase(name, pattern)][-1]
 
 
 def next_token(model: nn.Module, micro: MicroBatch) -> tuple[torch.Tensor, int]:
@@ -191,7 +195,6 @@ def materialise(rig: Rig) -> None:
     """Give every parameter the value of the last `init` that matches its name, stored as its home says."""
 
     def value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        source = [make for pattern, make in rig.init if fnmatch.fnmatchcase(name, pattern)][-1]
-        return source(name, shape, rig.seed).to(device=rig.device, dtype=getattr(torch, STORED[rig.home(name).codec][0]))
+        return rig.source(name)(name, shape, rig.seed).to(device=rig.device, dtype=getattr(torch, STORED[rig.home(name).codec][0]))
 
     fill(rig.model, value)

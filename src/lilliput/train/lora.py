@@ -155,18 +155,23 @@ def adapted(model: Any) -> list[tuple[str, Any]]:
 
 def merged(rig: Rig, name: str) -> Tensor:
     """A parameter by name, its update added; the model is left as it is."""
-    parameter = rig.model.get_parameter(name).detach()
     path, _, leaf = name.rpartition(".")
-    deltas = getattr(rig.model.get_submodule(path), "deltas", {})
-    if leaf != "weight" or "lora" not in deltas:
-        return parameter
-    return (parameter.float() + deltas["lora"].weight().detach()).to(parameter.dtype)
+    linear = rig.model.get_submodule(path)
+    if leaf != "weight" or not hasattr(linear, "matrix"):
+        return rig.model.get_parameter(name).detach()
+    matrix = linear.matrix().detach()
+    return (matrix.float() + linear.deltas["lora"].weight().detach()).to(matrix.dtype) if "lora" in linear.deltas else matrix
 
 
 def merge(model: Any) -> int:
-    """Add every update to its weight in place and take it off; returns how many. The deltas are kept aside for `unmerge`."""
+    """Add every update to its weight in place and take it off; returns how many. The deltas are kept aside for `unmerge`.
+
+    UserError where weights are stored in so few bits that they cannot hold the sum; `merged` gives it in fp32.
+    """
     count = 0
-    for _, linear in adapted(model):
+    for path, linear in adapted(model):
+        if linear.codec is not None:
+            raise UserError("a quantised base takes no update in place", f"{path} is stored in 4 bits", "load the model/ folder that the run writes")
         delta = linear.deltas["lora"]
         del linear.deltas["lora"]
         linear.merged = delta
