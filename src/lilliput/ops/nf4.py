@@ -24,7 +24,7 @@ from lilliput.ops.float_codecs import NF4, nearest_nf4
 
 BLOCK, SECOND = 64, 256
 PIECE = 1 << 20  # weights worked on at a time, so that what is between stays small beside the matrix
-PAIRS = torch.tensor([(NF4[byte >> 4], NF4[byte & 15]) for byte in range(256)])  # what a byte stands for
+PAIRS = torch.tensor([(NF4[byte >> 4], NF4[byte & 15]) for byte in range(256)]).view(torch.int64).flatten()  # the two fp32 a byte stands for, as one number
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Nf4:
         wide, numbers, q = stored.split(self.sections)
         second, mean = wide.view(torch.float32).split([wide.numel() // 4 - 1, 1])
         scales = q.view(torch.int8).float().mul_(second[:, None].expand(-1, SECOND).reshape(-1)[: self.blocks]).add_(mean).clamp_(min=0)
-        pairs = torch.empty(numbers.numel(), 2, device=stored.device)
+        pairs = torch.empty(numbers.numel(), dtype=torch.int64, device=stored.device)
         table = PAIRS.to(stored.device)
         for part, out in zip(numbers.split(PIECE // 2), pairs.split(PIECE // 2), strict=True):
             torch.index_select(table, 0, part.int(), out=out)
-        return pairs.view(self.blocks, BLOCK).mul_(scales[:, None]).view(self.outputs, self.inputs)
+        return pairs.view(torch.float32).view(self.blocks, BLOCK).mul_(scales[:, None]).view(self.outputs, self.inputs)

@@ -6,7 +6,7 @@ the dtype of a CUDA run): a matrix is decoded for one product and let go, in the
 Gain: the Linears of the blocks take 1/7.75 of their fp32 bytes; gradients and moments exist for the adapter only, as in lora.
 Cost: two decodings a matrix and micro-batch (three under remat), and the model starts from the rounded weights, not from
 the file's: small models lose most. Embedding, norms and head stay as they are stored.
-The run writes model/ (decoded, merged, fp32) and adapter/, which peft reads over a base rounded the same way.
+The run writes model/ (decoded, the update merged) and adapter/, which peft reads over a base rounded the same way.
 Skip it when the base fits as it is: lora is faster and starts from the exact model.
 
 Dettmers et al. 2023, arXiv 2305.14314; published: 65B fine-tuned in 48 GB instead of 780 GB.
