@@ -125,7 +125,8 @@ class Ours:
     def __init__(self, model: NativeDecoder, tokenizer: Any, kv: str = "fp32") -> None:
         from lilliput.serve.engine import Engine
 
-        self.engine = Engine(model, tokenizer, kv_tokens=64 * 160 + 4096, max_batch_tokens=4096, kv=kv)
+        # no sharing: every prompt is the same one, and would be found
+        self.engine = Engine(model, tokenizer, kv_tokens=64 * 160 + 4096, max_batch_tokens=4096, kv=kv, sharing=False)
 
     def rate(self, **asked: int) -> float:
         """As Worker.rate."""
