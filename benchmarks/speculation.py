@@ -47,9 +47,8 @@ def main() -> int:
             for turn in range(args.rounds + 1):
                 said: list[Any] = []
                 for name, engine in sides.items():
-                    for text in texts:
-                        engine.add(engine.tokenizer.encode(text, special=True), how)
-                    first, done = engine._answers and min(engine._requests), []
+                    ids = [engine.add(engine.tokenizer.encode(text, special=True), how) for text in texts]
+                    done: list[Any] = []
                     while not all(answer.tokens for answer in engine._answers.values()):
                         done += engine.step()
                     start = time.perf_counter()
@@ -57,7 +56,7 @@ def main() -> int:
                         done += engine.step()
                     if turn:
                         times[name].append(time.perf_counter() - start)
-                    said.append([[delta.token for delta in done if delta.id == first + i] for i in range(batch)])
+                    said.append([[delta.token for delta in done if delta.id == id] for id in ids])
                 assert said[0] == said[1], "guesses changed an answer"
             ratios = [plain / ours for plain, ours in zip(times["plain"], times[args.draft])]
             control = sides[args.draft].guesses.control

@@ -57,7 +57,7 @@ def speculate(p: Tensor, q: Tensor, gamma: int, count: int) -> tuple[Tensor, Ten
         rows_p.append(p[last])
     g = torch.stack(guesses, 1)
     u = torch.rand(count, gamma + 1, dtype=torch.float64)
-    counts, tokens = speculative.judge(torch.stack(rows_p, 1), torch.stack(rows_q, 1), g, u[:, :gamma], u[:, gamma])
+    counts, tokens = speculative.judge(torch.stack(rows_p, 1), torch.stack(rows_q, 1), g, u[:, :gamma], u[:, gamma:].expand(-1, gamma + 1))
     out = torch.cat([g, g.new_zeros(count, 1)], 1).masked_fill(torch.arange(gamma + 1)[None] > counts[:, None], -1)
     return counts, out.scatter(1, counts[:, None], tokens[:, None])
 

@@ -44,3 +44,9 @@ def find(kind: str, name: str) -> Any:
         raise UserError(f"unknown {kind.replace('_', ' ')} `{name}`", fix=did_you_mean(name, table))
     module, _, attribute = table[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def made(kind: str, words: str) -> Any:
+    """What "name:argument" (or "name") asks for, made from its argument. UserError as `find`, and what the class says of the argument."""
+    name, _, argument = words.partition(":")
+    return find(kind, name)(argument)

@@ -82,8 +82,7 @@ def load_to_serve(name_or_path: str | Path, serve: Serve, device: str = "auto", 
     tokenizer = checkpoint.tokenizer()
     from lilliput.models.native import NativeDecoder
 
-    name, _, argument = serve.policy.partition(":")
-    on_read = registry.find("kv_policy", name)(argument).positions == "in_cache"
+    on_read = registry.made("kv_policy", serve.policy).positions == "in_cache"
     lowered = NativeDecoder(checkpoint.spec, checkpoint.read, checkpoint.blocks, serve.weights, kv=serve.kv, rotate_on_read=on_read)
     return lowered, tokenizer, f"native: {reason}"
 

@@ -79,10 +79,9 @@ class Engine:
                 raise UserError(f"{name}={value} leaves no room for a token", fix=f"{name}=512")
         if preemption == "swap" and swap_tokens < BLOCK:
             raise UserError("preemption=swap has no swap space", f"swap_tokens={swap_tokens}, a block holds {BLOCK}", f"swap_tokens={wanted}")
-        name, _, argument = policy.partition(":")
-        self.policy: KVPolicy = registry.find("kv_policy", name)(argument)
+        self.policy: KVPolicy = registry.made("kv_policy", policy)
         if self.policy.evicts and draft:
-            raise UserError(f"policy={name} and draft={draft} cannot stand together", "what was guessed wrongly would count as attention", "draft=")
+            raise UserError(f"policy={policy} and draft={draft} cannot stand together", "what was guessed wrongly would count as attention", "draft=")
         self.pool = BlockPool(blocks_for(wanted), sharing=sharing and not self.policy.evicts, swap=swap_tokens // BLOCK)
         blocks, swap = self.pool.total, self.pool.swap_total
         self.runner: Runner = runner_of(model, blocks, kv, swap)

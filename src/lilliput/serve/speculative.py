@@ -55,11 +55,11 @@ def matched(guesses: Sequence[int], drawn: Sequence[int]) -> int:
     return next((i for i, (guess, token) in enumerate(zip(guesses, drawn)) if guess != token), min(len(guesses), len(drawn)))
 
 
-def judge(p_NGV: Tensor, q_NGV: Tensor, guesses_NG: Tensor, accept_NG: Tensor, draw_N: Tensor) -> tuple[Tensor, Tensor]:
+def judge(p_NGV: Tensor, q_NGV: Tensor, guesses_NG: Tensor, accept_NG: Tensor, draw_NG: Tensor) -> tuple[Tensor, Tensor]:
     """Accepted guesses of each of N sequences, and the token that follows them: (counts [N], tokens [N]).
 
     p [N, gamma + 1, V] and q [N, gamma, V]: standardised probabilities; guesses [N, gamma] drawn from q; accept [N, gamma] and
-    draw [N]: independent random numbers in [0, 1).
+    draw [N, gamma + 1] (the one at the place of the last token is used): independent random numbers in [0, 1).
     """
     import torch
 
@@ -75,7 +75,7 @@ def judge(p_NGV: Tensor, q_NGV: Tensor, guesses_NG: Tensor, accept_NG: Tensor, d
     empty = rest_NV.sum(1, keepdim=True) == 0  # p = q up to rounding: then nothing was rejected but by rounding
     rest_NV = torch.where(empty, last_NV, rest_NV)
     sums_NV = rest_NV.cumsum(1)
-    tokens_N = torch.searchsorted(sums_NV, draw_N[:, None] * sums_NV[:, -1:], right=True).squeeze(1)
+    tokens_N = torch.searchsorted(sums_NV, draw_NG.gather(1, counts_N[:, None]) * sums_NV[:, -1:], right=True).squeeze(1)
     return counts_N, tokens_N.clamp(max=vocab - 1)
 
 
@@ -193,9 +193,8 @@ class Speculation:
         p_GV = torch.stack([standardised(row, how) for row, how in zip(logits_NV, draws)])
         guesses = torch.tensor(list(chunk.ids[-chunk.draft :]))
         accept = torch.tensor([another(how.u, "accept") for how in draws[:-1]], dtype=torch.float64)
-        counts, _ = judge(p_GV[None], q_GV[None], guesses[None], accept[None], accept.new_zeros(1))
+        counts, token = judge(p_GV[None], q_GV[None], guesses[None], accept[None], accept.new_tensor([[how.u for how in draws]]))
         last = int(counts[0])
-        _, token = judge(p_GV[None], q_GV[None], guesses[None], accept[None], accept.new_tensor([draws[last].u]))
         totals = logits_NV.logsumexp(-1).tolist()
         tokens = [*guesses[:last].tolist(), int(token[0])]
         return [Choice(token, float(logits_NV[i, token]) - totals[i], totals[i]) for i, token in enumerate(tokens)]

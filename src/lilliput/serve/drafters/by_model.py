@@ -53,7 +53,7 @@ class ByModel:
                 logits_NV = self.forward([self._one(chunk, step) for chunk in left])
             for chunk, logits_V in zip(left, logits_NV):
                 at = len(chunk.ids) - chunk.draft + step
-                chunk.ids[at], q_V = self._pick(logits_V, draw(chunk.id, chunk.start + at), chunk.start + at)  # type: ignore[index]
+                chunk.ids[at], q_V = self._pick(logits_V, draw(chunk.id, chunk.start + at))  # type: ignore[index]
                 if q_V is not None:
                     rows.setdefault(chunk.id, []).append(q_V)
         import torch
@@ -84,14 +84,16 @@ class ByModel:
         return replace(chunk, start=chunk.start + at, stop=chunk.start + at + 1, ids=[chunk.ids[at]], wants=1, draft=0)
 
     @staticmethod
-    def _pick(logits_V: Tensor, how: Draw, position: int) -> tuple[int, Tensor | None]:
+    def _pick(logits_V: Tensor, how: Draw) -> tuple[int, Tensor | None]:
+        import torch
+
         from lilliput.ops import sampling
         from lilliput.serve.speculative import another, standardised
 
         if how.temperature == 0:
             return int(logits_V.argmax()), None
         q_V = standardised(logits_V, how)
-        return sampling.draw(q_V.new_tensor(range(len(q_V))).long(), q_V, another(how.u, "guess")), q_V
+        return sampling.draw(torch.arange(len(q_V), device=q_V.device), q_V, another(how.u, "guess")), q_V
 
 
 class Layers(ByModel):

@@ -12,41 +12,24 @@ Zhang et al. 2023 (H2O), arXiv 2306.14048, sections 4.1 and 4.2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from lilliput.serve.policies import sizes
+from lilliput.serve.policies import Bounded
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class HeavyHitter:
+class HeavyHitter(Bounded):
     """H heavy and R recent tokens a head."""
 
-    argument: str = ""
+    name, usual = "heavy_hitter", "128+128"
     wants_mass = True
-    evicts = True
-    positions: Literal["absolute"] = "absolute"
-
-    def __post_init__(self) -> None:
-        """UserError for sizes that are no whole blocks."""
-        sizes(self.argument, "heavy_hitter", "128+128", 2)
-
-    @property
-    def size(self) -> int:
-        """H + R."""
-        return sum(sizes(self.argument, "heavy_hitter", "128+128", 2))
-
-    def budget(self, prompt: int, max_new: int) -> int:
-        """Tokens of cache a request needs at most."""
-        return min(prompt + max_new - 1, self.size)
 
     def keep(self, count: int, mass_LGT: Tensor | None, positions_LGT: Tensor | None) -> Tensor:
         """The R most recent places of each head and the heaviest of the others."""
         assert mass_LGT is not None and positions_LGT is not None, "heavy hitters are chosen by mass"
-        recent = min(sizes(self.argument, "heavy_hitter", "128+128", 2)[1], count)
+        recent = min(self.sizes[1], count)
         newest_LG1 = positions_LGT.amax(-1, keepdim=True)
         score_LGT = mass_LGT.masked_fill(positions_LGT > newest_LG1 - recent, float("inf"))  # positions of recent tokens have no gaps
         return score_LGT.topk(count, -1).indices.sort(-1).values

@@ -12,40 +12,23 @@ Xiao et al. 2024 (StreamingLLM), arXiv 2309.17453, section 3.2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from lilliput.serve.policies import sizes
+from lilliput.serve.policies import Bounded
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Sinks:
+class Sinks(Bounded):
     """S + W tokens."""
 
-    argument: str = ""
-    wants_mass = False
-    evicts = True
-    positions: Literal["in_cache"] = "in_cache"
-
-    def __post_init__(self) -> None:
-        """UserError for sizes that are no whole blocks."""
-        sizes(self.argument, "sinks", "4+252", 2)
-
-    @property
-    def size(self) -> int:
-        """S + W."""
-        return sum(sizes(self.argument, "sinks", "4+252", 2))
-
-    def budget(self, prompt: int, max_new: int) -> int:
-        """Tokens of cache a request needs at most."""
-        return min(prompt + max_new - 1, self.size)
+    name, usual = "sinks", "4+252"
+    positions = "in_cache"
 
     def keep(self, count: int, mass_LGT: Tensor | None, positions_LGT: Tensor | None) -> Tensor:
         """The first S places and the last ones."""
         import torch
 
-        first = min(sizes(self.argument, "sinks", "4+252", 2)[0], count)
+        first = min(self.sizes[0], count)
         return torch.cat([torch.arange(first), torch.arange(self.size - count + first, self.size)])

@@ -8,36 +8,18 @@ Beltagy et al. 2020 (Longformer), arXiv 2004.05150, section 3.1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from lilliput.serve.policies import sizes
+from lilliput.serve.policies import Bounded
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Sliding:
+class Sliding(Bounded):
     """W tokens."""
 
-    argument: str = ""
-    wants_mass = False
-    evicts = True
-    positions: Literal["absolute"] = "absolute"
-
-    def __post_init__(self) -> None:
-        """UserError for a size that is no whole blocks."""
-        sizes(self.argument, "sliding", "256", 1)
-
-    @property
-    def size(self) -> int:
-        """W."""
-        return sizes(self.argument, "sliding", "256", 1)[0]
-
-    def budget(self, prompt: int, max_new: int) -> int:
-        """Tokens of cache a request needs at most."""
-        return min(prompt + max_new - 1, self.size)
+    name, usual = "sliding", "256"
 
     def keep(self, count: int, mass_LGT: Tensor | None, positions_LGT: Tensor | None) -> Tensor:
         """The last places."""

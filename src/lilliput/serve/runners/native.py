@@ -56,13 +56,13 @@ class Native:
         """The same with the first `layers` layers and the head."""
         if self.model.plan.store is not self.store:  # NativeDecoder.hidden, or another engine, has put its own there
             self.model.plan.cache(self.store)
+        absolute = not self.model.plan.on_read
         ends = list(accumulate(chunk.stop - chunk.start for chunk in chunks))
         widest = 4 * max(len(chunk.table) for chunk in chunks)
         tables = bytearray().join(chunk.table.tobytes().ljust(widest, b"\0") for chunk in chunks)
         return self.model.step(
             _int32([token for chunk in chunks for token in chunk.ids]),
-            _int32([p for chunk in chunks for p in range(chunk.start, chunk.stop)] if self.model.plan.on_read else
-                   [p for chunk in chunks for p in range(chunk.start + chunk.gone, chunk.stop + chunk.gone)]),
+            _int32([place + chunk.gone * absolute for chunk in chunks for place in range(chunk.start, chunk.stop)]),
             _int32([0, *ends]),
             _int32([chunk.stop for chunk in chunks]),
             torch.frombuffer(tables, dtype=torch.int32).view(len(chunks), -1),
