@@ -22,7 +22,7 @@ NB_MODULE(_native, m) {
   m.def("best_level", [] { return int(lilliput::best_level()); });
   m.def("set_level", &lilliput::set_level);
   m.def("threads", &lilliput::threads);
-  m.def("set_threads", &lilliput::set_threads, nb::arg("count"), nb::arg("pin") = false, Released());
+  m.def("set_threads", &lilliput::set_threads, nb::arg("count"), Released());
   m.def("pool_regions", [](int regions, int tasks) {  // what an empty region costs: benchmarks
     int counted = 0;
     for (int r = 0; r < regions; r++) lilliput::parallel(tasks, [&](int, int) { __atomic_fetch_add(&counted, 1, __ATOMIC_RELAXED); });

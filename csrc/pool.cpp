@@ -29,6 +29,11 @@ inline void pause() {
 // One 64-bit word says everything: region number (32 bits), number of tasks (16), next task (16). A worker takes a task by
 // fetch_add; whether what it got is a task follows from the word alone, so a late worker can never run a task of a region that
 // has ended, and the region's fields cannot change while a task that was taken is not yet counted in `done`.
+struct Place {
+  std::atomic<int> at{-1};  // the core it was last seen on
+  int kept_off = -1;        // the core that it may not use; -1: none
+};
+
 struct Pool {
   std::atomic<uint64_t> word{0};
   Task task = nullptr;
@@ -39,6 +44,7 @@ struct Pool {
   std::atomic<bool> stop{false};
   std::mutex busy;
   std::vector<std::thread> workers;
+  std::vector<Place> places;  // of each worker
 
   void work(int worker) {
     uint64_t got = word.fetch_add(1, std::memory_order_acq_rel);
@@ -59,7 +65,11 @@ struct Pool {
         pause();
         if (round % 64 == 0 && std::chrono::steady_clock::now() - since > std::chrono::microseconds(SPIN_US)) break;
       }
-      if (found) { work(worker); continue; }
+      if (found) {
+        places[size_t(worker) - 1].at.store(sched_getcpu(), std::memory_order_relaxed);
+        work(worker);
+        continue;
+      }
       const uint32_t heard = bell.load(std::memory_order_acquire);
       sleeping.fetch_add(1, std::memory_order_seq_cst);
       if (!open(word.load(std::memory_order_seq_cst)) && !stop.load(std::memory_order_seq_cst))
@@ -73,18 +83,23 @@ struct Pool {
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(&bell), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
   }
 
-  void start(int count, bool pin) {
-    cpu_set_t allowed;
-    std::vector<int> cores;
-    if (pin && sched_getaffinity(0, sizeof allowed, &allowed) == 0)
-      for (int core = 0; core < CPU_SETSIZE; core++) if (CPU_ISSET(core, &allowed)) cores.push_back(core);
-    for (int worker = 1; worker < count; worker++) {
-      workers.emplace_back([this, worker] { loop(worker); });
-      if (!cores.empty()) {
-        cpu_set_t one; CPU_ZERO(&one); CPU_SET(cores[size_t(worker) % cores.size()], &one);
-        pthread_setaffinity_np(workers.back().native_handle(), sizeof one, &one);
-      }
+  // Workers are not bound to cores one by one: two programs that both bind their first worker to core 1 would share it for ever.
+  // But a worker must not wake up on its caller's own core, as it does where the system knows no cache that cores share
+  // (virtual machines): both would then run at half speed, for many regions. Such a worker may use every core but that one.
+  void make_room() {
+    const int mine = sched_getcpu();
+    for (size_t i = 0; i < places.size(); i++) {
+      if (places[i].at.load(std::memory_order_relaxed) != mine || places[i].kept_off == mine) continue;
+      cpu_set_t cores;
+      if (sched_getaffinity(0, sizeof cores, &cores) != 0 || CPU_COUNT(&cores) < 2) return;
+      CPU_CLR(mine, &cores);
+      if (pthread_setaffinity_np(workers[i].native_handle(), sizeof cores, &cores) == 0) places[i].kept_off = mine;
     }
+  }
+
+  void start(int count) {
+    places = std::vector<Place>(size_t(count - 1));
+    for (int worker = 1; worker < count; worker++) workers.emplace_back([this, worker] { loop(worker); });
   }
 
   void end() {
@@ -98,7 +113,7 @@ struct Pool {
     task = f; context = c;
     const uint64_t number = (word.load(std::memory_order_relaxed) >> 32) + 1;
     word.store(number << 32 | uint64_t(tasks) << 16, std::memory_order_seq_cst);
-    if (sleeping.load(std::memory_order_seq_cst) > 0) ring();
+    if (sleeping.load(std::memory_order_seq_cst) > 0) { make_room(); ring(); }
     work(0);
     for (int round = 1; done.load(std::memory_order_acquire) < tasks; round++) {
       pause();
@@ -110,7 +125,6 @@ struct Pool {
 // Never freed after a fork: its threads exist in the parent only.
 Pool* pool = nullptr;
 int wanted = 1;
-bool pinned = false;
 std::mutex changing;
 thread_local bool inside = false;
 
@@ -119,7 +133,7 @@ void forget() { pool = nullptr; new (&changing) std::mutex; }
 Pool* current() {
   static const int once = pthread_atfork(nullptr, nullptr, forget);
   (void)once;
-  if (!pool) { pool = new Pool; pool->start(wanted, pinned); }
+  if (!pool) { pool = new Pool; pool->start(wanted); }
   return pool;
 }
 
@@ -127,16 +141,16 @@ Pool* current() {
 
 int threads() { return wanted; }
 
-void set_threads(int count, bool pin) {
+void set_threads(int count) {
   std::lock_guard<std::mutex> lock(changing);
   count = count < 1 ? 1 : count > MAX_THREADS ? MAX_THREADS : count;
-  if (count == wanted && pin == pinned) return;
+  if (count == wanted) return;
   if (pool) {
     std::lock_guard<std::mutex> idle(pool->busy);
     pool->end();
     pool = nullptr;  // not deleted: another thread may be about to try its mutex; a few hundred bytes a change
   }
-  wanted = count; pinned = pin;
+  wanted = count;
 }
 
 void run(int tasks, Task task, void* context) {

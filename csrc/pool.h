@@ -16,7 +16,7 @@ constexpr int MAX_THREADS = 256;
 constexpr int MAX_TASKS = 1 << 15;  // of one region
 
 void run(int tasks, Task task, void* context);
-void set_threads(int count, bool pin);  // of all regions from now on, the caller included; pin: one core for each worker
+void set_threads(int count);  // of all regions from now on, the caller included
 int threads();
 
 template <class F>
