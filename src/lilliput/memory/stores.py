@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ import torch
 
 from lilliput.base.errors import UserError
 from lilliput.base.show import size
+from lilliput.dist.link import Link, resting
 
 
 class Store(Protocol):
@@ -37,60 +37,38 @@ class Store(Protocol):
         ...
 
 
-class _Worker:
-    def __init__(self, speed: float) -> None:
-        self.speed, self.pool = speed, ThreadPoolExecutor(1)
-        self.written = self.read_back = 0
-
-    def begin(self, work: Any, count: int, *tensors: torch.Tensor) -> Future[None]:
-        """Run work(*tensors) in turn. The worker has let go of the tensors when the future is done, so bytes are freed at planned moments."""
-        held = list(tensors)
-
-        def run() -> None:
-            start = time.perf_counter()
-            work(*held)
-            held.clear()
-            rest = count / self.speed - (time.perf_counter() - start) if self.speed else 0.0
-            if rest > 0:
-                time.sleep(rest)
-
-        return self.pool.submit(run)
-
-
-def _copy(into: torch.Tensor, source: torch.Tensor) -> None:
-    into.copy_(source)
-
-
-class HostStore(_Worker):
+class HostStore:
     """Buffers in the host's memory, pinned where the tensors come from a GPU."""
 
-    def __init__(self, speed: float = 0.0) -> None:
-        super().__init__(speed)
+    def __init__(self, speed: float = 0.0, device: torch.device | str = "cpu") -> None:
+        self.link, self.device = Link(speed, device), torch.device(device)
+        self.written = self.read_back = 0
         self.buffers: dict[int, torch.Tensor] = {}
 
     def write(self, storage: int, flat: torch.Tensor, dtype: torch.dtype) -> Future[None]:
         """See Store."""
-        buffer = torch.empty(flat.shape, dtype=dtype, pin_memory=flat.is_cuda)
+        buffer = resting(flat.shape, dtype, self.device)
         self.buffers[storage] = buffer
         self.written += buffer.nbytes
-        return self.begin(_copy, buffer.nbytes, buffer, flat)
+        return self.link.copy(buffer, flat)
 
     def read(self, storage: int, into: torch.Tensor) -> Future[None]:
         """See Store."""
         buffer = self.buffers[storage]
         self.read_back += buffer.nbytes
-        return self.begin(_copy, buffer.nbytes, into, buffer)
+        return self.link.copy(into, buffer)
 
     def free(self, storage: int) -> None:
         """See Store."""
         self.buffers.pop(storage, None)
 
 
-class FileStore(_Worker):
+class FileStore:
     """One file, a fixed place a storage. `sizes`: bytes of each storage that may come."""
 
     def __init__(self, path: Path, sizes: Mapping[int, int], speed: float = 0.0) -> None:
-        super().__init__(speed)
+        self.link = Link(speed)
+        self.written = self.read_back = 0
         self.places: dict[int, int] = {}
         end = 0
         for storage, count in sizes.items():
@@ -111,20 +89,20 @@ class FileStore(_Worker):
             raise UserError("a file store holds exact bytes", f"asked to write {dtype} from {flat.dtype}", "codec=exact, or the host tier")
         self.written += flat.nbytes
         at = self.places[storage]
-        return self.begin(lambda tensor: self._move(os.pwrite, tensor, at), flat.nbytes, flat)
+        return self.link.begin(lambda tensor: self._move(os.pwrite, tensor, at), flat.nbytes, flat)
 
     def read(self, storage: int, into: torch.Tensor) -> Future[None]:
         """See Store."""
         self.read_back += into.nbytes
         at = self.places[storage]
-        return self.begin(lambda tensor: self._move(lambda file, view, at: os.preadv(file, [view], at), tensor, at), into.nbytes, into)
+        return self.link.begin(lambda tensor: self._move(lambda file, view, at: os.preadv(file, [view], at), tensor, at), into.nbytes, into)
 
     def free(self, storage: int) -> None:
         """Its place stays its own."""
 
     def close(self) -> None:
         """Finish what is under way and close the file."""
-        self.pool.shutdown()
+        self.link.close()
         os.close(self.file)
 
     def _move(self, call: Any, tensor: torch.Tensor, at: int) -> None:

@@ -1,0 +1,1 @@
+"""L1: tiers and the links between them."""
