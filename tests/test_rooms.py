@@ -19,6 +19,7 @@ from lilliput.base.job import Job
 from lilliput.memory.meter import Meter, storage_bytes
 from lilliput.models.facts import facts
 from lilliput.models.sizes import PRESETS
+from lilliput.ops.adamw import Rule, update
 from lilliput.ops.float_codecs import NF4
 from lilliput.parallel.rig import Rig, next_token
 from lilliput.plan.estimate import training_ledger
@@ -26,7 +27,7 @@ from lilliput.plan.estimate import training_ledger
 SPEC = PRESETS["tiny"]
 FACTS = facts(SPEC)
 # room -> a config that acts on a four-block model. poet: with room for everything; what it does with less: tests/train/test_poet.py
-SMALL = {"lora": {"rank": 4, "alpha": 8.0}, "poet": {"budget": "1GB"}, "qlora": {"rank": 4, "alpha": 8.0}, "remat": {"every": 2}}
+SMALL = {"lora": {"rank": 4, "alpha": 8.0}, "offload": {"tile": 4096}, "poet": {"budget": "1GB"}, "qlora": {"rank": 4, "alpha": 8.0}, "remat": {"every": 2}}
 
 
 def room(name: str) -> dict:
@@ -83,11 +84,35 @@ def quantised_low_rank_reference() -> tuple[list[float], dict[str, torch.Tensor]
     return low_rank_reference("qlora", rounded)
 
 
+def mixed_reference(steps: int = 3, micros: int = 2) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Mixed precision in one memory: bf16 weights compute, gradients are summed in fp32, fp32 masters are updated, weights rounded."""
+    rig, losses = make_rig({}), []
+    master = {n: p.detach().clone() for n, p in rig.model.named_parameters()}
+    first, second = ({n: torch.zeros_like(t) for n, t in master.items()} for _ in range(2))
+    for p in rig.model.parameters():
+        p.data = p.data.bfloat16()
+    for step in range(steps):
+        batch, total = random_batch(SPEC.vocab, seed=step, micros=micros), 0.0
+        gradients = {n: torch.zeros_like(t) for n, t in master.items()}
+        for m in batch:
+            loss = next_token(rig.model, m)[0] / sum(m.weight for m in batch)
+            gradients = {n: g + t for (n, g), t in zip(gradients.items(), torch.autograd.grad(loss, list(rig.model.parameters())))}
+            total += loss.item()
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()])).item()
+        for n, p in rig.model.named_parameters():
+            rule = Rule(1e-2, ADAMW["betas"], ADAMW["eps"], ADAMW["weight_decay"] * (p.dim() >= 2), step + 1)
+            update(master[n], gradients[n] * min(1.0, 1.0 / (norm + 1e-6)), first[n], second[n], rule, 0)
+            p.data.copy_(master[n])
+        losses.append(total)
+    return losses, master
+
+
 # room -> (reference, tolerance); 0 = bitwise. Rooms that change the mathematics have a reference of their own.
 REFERENCES: dict[str, tuple[Callable, float]] = {
-    "poet": (plain, 0.0), "remat": (plain, 0.0), "lora": (low_rank_reference, 2e-5), "qlora": (quantised_low_rank_reference, 2e-5),
+    "offload": (mixed_reference, 0.0), "poet": (plain, 0.0), "remat": (plain, 0.0),
+    "lora": (low_rank_reference, 2e-5), "qlora": (quantised_low_rank_reference, 2e-5),
 }  # fmt: skip
-ROUNDS = ("qlora",)  # rooms that start from another model than the file's: beside them the first step is theirs alone
+ROUNDS = ("offload", "qlora")  # rooms that start from another model than the file's: beside them the first step is theirs alone
 
 
 @pytest.mark.parametrize("name", registry.names("train"))
@@ -97,7 +122,7 @@ def test_same_numbers(name: str) -> None:
     (losses, weights), (expected_losses, expected) = trained(make_rig(room(name))), reference()
     assert weights.keys() == expected.keys()
     if tolerance == 0:
-        assert losses == expected_losses
+        assert losses == pytest.approx(expected_losses, rel=1e-6 if name in ROUNDS else 0)  # micro-batches are added in another order
         assert all(torch.equal(weights[n], expected[n]) for n in expected)
         return
     assert losses == pytest.approx(expected_losses, rel=tolerance)
@@ -131,11 +156,12 @@ def test_true_cost(names: tuple[str, ...], sequences: int, tokens: int) -> None:
         saved = meter.live
         loss.backward()
         peak = meter.peak
-        assert ledger.bytes("gradients") == storage_bytes([p.grad for p in rig.trainable().values()])
+        here = ledger.terms["gradients"].tier == "device"
+        assert storage_bytes([p.grad for p in rig.trainable().values() if p.grad is not None]) == (ledger.bytes("gradients") if here else 0)
     activations = {n: t.bytes for n, t in ledger.terms.items() if n.startswith("activations.")}
     forward = sum(b for n, b in activations.items() if "forward" in ledger.terms[n].moments)
     assert forward == pytest.approx(saved, rel=0.10), f"kept for the backward pass: predicted {activations}"
-    static = ledger.bytes("parameters") + ledger.bytes("optimizer")
+    static = ledger.bytes("parameters") + (ledger.bytes("optimizer") if ledger.terms["optimizer"].tier == "device" else 0)
     assert ledger.peak()[0] - static == pytest.approx(peak, rel=0.10), f"peak above weights and moments: predicted {activations}"
 
 

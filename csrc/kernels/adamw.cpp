@@ -48,8 +48,30 @@ void bf16(const AdamwStep& s, uint16_t* weight, const uint16_t* gradient, float*
   }
 }
 
+// Nearest, ties to even, as torch rounds; a NaN stays one.
+LP_INLINE uint16_t nearest(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, nan = bits >> 16 | 0x40;
+  return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
+}
+
+constexpr int BLOCK = 256;  // numbers that stay in the first cache between the three loops, each of which the compiler vectorises
+
+void master(const AdamwStep& s, float scale, float* weight, const void* gradient, bool wide, float* first, float* second, uint16_t* copy, long count) {
+  float g[BLOCK];
+  for (long at = 0; at < count; at += BLOCK) {
+    const int n = count - at < BLOCK ? int(count - at) : BLOCK;
+    const uint16_t* narrow = static_cast<const uint16_t*>(gradient) + at;
+    if (wide) for (int i = 0; i < n; i++) g[i] = static_cast<const float*>(gradient)[at + i] * scale;
+    else for (int i = 0; i < n; i++) g[i] = bits_float(int32_t(uint32_t(narrow[i]) << 16)) * scale;
+    for (int i = 0; i < n; i += W) step(s, weight + at + i, g + i, first + at + i, second + at + i, n - i < W ? n - i : W);
+    for (int i = 0; i < n; i++) copy[at + i] = nearest(weight[at + i]);
+  }
+}
+
 }}  // namespace LILLIPUT_ISA
 
-extern const AdamwKernels LILLIPUT_TABLE(adamw) = {LILLIPUT_ISA::fp32, LILLIPUT_ISA::bf16};
+extern const AdamwKernels LILLIPUT_TABLE(adamw) = {LILLIPUT_ISA::fp32, LILLIPUT_ISA::bf16, LILLIPUT_ISA::master};
 
 }  // namespace lilliput

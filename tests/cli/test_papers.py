@@ -51,7 +51,7 @@ def test_status_is_derived_from_run_and_registry():
 
 
 def test_no_system_without_a_run_claims_to_work():
-    working = ["checkpointing", "poet", "qlora", "flashattention-2", "bytetransformer", "vllm", "speculative-decoding"]
+    working = ["checkpointing", "zero-offload", "poet", "qlora", "flashattention-2", "bytetransformer", "vllm", "speculative-decoding"]
     assert [paper.name for paper in every() if paper.works] == working
 
 
@@ -103,6 +103,13 @@ def test_poet_claim_holds_here():
     assert finding.holds, finding.summary
     assert finding.summary == index.find("poet").measured, "the table of `lilliput papers` tells another number"
     assert all(row["together"] <= min(row["again only"], row["paging only"]) for row in finding.rows)
+
+
+def test_zero_offload_claim_holds_here():
+    finding = index.find("zero-offload").run()
+    assert finding.holds, finding.summary
+    assert finding.summary == index.find("zero-offload").measured, "the table of `lilliput papers` tells another number"
+    assert [(row["link, bytes a parameter"], row["device, bytes a parameter"]) for row in finding.rows] == [(0, 16), (4, 14), (4, 4), (4, 2), (4, 2), (4, 2)]
 
 
 def test_qlora_claim_holds_here():

@@ -73,16 +73,16 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"step {step} was not reached: {process.stderr.read() if process.poll() is not None else 'timeout'}")
 
 
-def kill_and_resume(text: Path, folder: Path, whole: Path, trials: int, seed: int) -> None:
+def kill_and_resume(text: Path, folder: Path, whole: Path, trials: int, seed: int, *more: str) -> None:
     chooser = random.Random(seed)
     for trial in range(trials):
         out = folder / f"killed-{trial}"
-        process = spawn(text, out)
+        process = spawn(text, out, *more)
         wait_for_step(out, chooser.randint(1, STEPS - 1), process)
         time.sleep(chooser.random() * 0.05)  # anywhere in a step, a save or an evaluation
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        run(text, out)
+        run(text, out, **dict(word.split("=") for word in more))
         assert_same_run(whole, out)
 
 
@@ -125,7 +125,7 @@ def test_micro_batches_do_not_change_the_step(text: Path, tmp_path: Path) -> Non
     assert len(two) == 4 and two == pytest.approx(four, rel=1e-5)
 
 
-@pytest.mark.parametrize("room", ["lora.rank=4", "qlora.rank=4", "remat.every=2", "remat.budget=40MB", "dtype=bf16"])
+@pytest.mark.parametrize("room", ["lora.rank=4", "offload.tile=8192", "offload.delay=3", "qlora.rank=4", "remat.every=2", "remat.budget=40MB", "dtype=bf16"])
 def test_interrupted_runs_continue_bitwise(room: str, text: Path, tmp_path: Path) -> None:
     key, value = room.split("=")
     steps = {"train.steps": "8", "train.save_every": "0", key: value}
@@ -175,6 +175,11 @@ def test_sigint_saves_and_exits_with_130(text: Path, tmp_path: Path) -> None:
 def test_kill_minus_nine(text: Path, tmp_path: Path) -> None:
     run(text, tmp_path / "whole")
     kill_and_resume(text, tmp_path, tmp_path / "whole", trials=2, seed=1)
+
+
+def test_kill_minus_nine_while_an_update_waits(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "whole", **{"offload.delay": "3"})
+    kill_and_resume(text, tmp_path, tmp_path / "whole", 1, 3, "offload.delay=3")
 
 
 @pytest.mark.slow

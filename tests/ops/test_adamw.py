@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lilliput.ops import native
-from lilliput.ops.adamw import Rule, reference, supports, update
+from lilliput.ops.adamw import Rule, reference, supports, update, update_master
 
 pytestmark = pytest.mark.skipif(native.module() is None, reason=str(native.missing()))
 LEVELS = native.levels()
@@ -84,3 +84,47 @@ def test_autograd_notices() -> None:
     update(weight, torch.ones(4), torch.zeros(4), torch.zeros(4), RULE, 0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("count", [1, 255, 4097, 50_001])
+def test_masters_get_the_plain_update_of_the_scaled_gradient_and_a_rounded_copy(count: int, wide: bool, level: str) -> None:
+    with native.using(level):
+        weight, gradient, first, second = state(count)
+        gradient = gradient if wide else gradient.bfloat16()
+        plain = [weight.clone(), gradient.float() * 0.37, first.clone(), second.clone()]
+        copy = torch.full((count,), 7.0, dtype=torch.bfloat16)
+        update_master(weight, gradient, first, second, copy, RULE, 0.37)
+        update(*plain, RULE, 0)
+    assert all(torch.equal(a, b) for a, b in zip((weight, first, second), (plain[0], plain[2], plain[3])))
+    assert torch.equal(copy, plain[0].bfloat16())
+
+
+@pytest.mark.parametrize("tile", [64, 4096, 10_000])
+def test_masters_tile_by_tile_are_the_same_bits(tile: int) -> None:
+    whole, tiles = ([*state(30_001), torch.empty(30_001, dtype=torch.bfloat16)] for _ in range(2))
+    update_master(*whole, RULE, 0.5)
+    for at in range(0, 30_001, tile):
+        update_master(*[t[at : at + tile] for t in tiles], RULE, 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(whole, tiles))
+
+
+def test_copies_round_as_torch_does() -> None:
+    """Ties to even, the largest numbers, infinities; a NaN stays one."""
+    still = Rule(lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, step=1)
+    values = torch.cat([torch.randint(-(2**31), 2**31 - 1, (100_000,), dtype=torch.int32).view(torch.float32), torch.tensor([1 + 2**-8, 3.4e38])])
+    values = torch.cat([values[values.isfinite()], torch.tensor([float("inf"), -float("inf"), float("nan")])])
+    copy, zeros = torch.empty_like(values, dtype=torch.bfloat16), torch.zeros_like(values)
+    update_master(values.clone(), zeros, zeros.clone(), zeros.clone(), copy, still)
+    assert torch.equal(copy[:-1], values[:-1].bfloat16()) and copy[-1].isnan()
+
+
+def test_masters_without_kernels_are_close_and_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, plain = ([*state(1000), torch.empty(1000, dtype=torch.bfloat16)] for _ in range(2))
+    update_master(*ours, RULE, 0.5)
+    with pytest.raises(AssertionError, match="as many numbers"):
+        update_master(*ours[:4], torch.empty(999, dtype=torch.bfloat16), RULE)
+    monkeypatch.setattr(native, "module", lambda: None)
+    update_master(*plain, RULE, 0.5)
+    assert all(torch.allclose(a.float(), b.float(), rtol=1e-2 if a.dtype == torch.bfloat16 else 1e-6, atol=1e-7) for a, b in zip(ours, plain))

@@ -14,7 +14,7 @@ from typing import Literal
 
 Tier = Literal["device", "host", "disk"]
 Moment = Literal["load", "forward", "backward", "update"]
-Lane = Literal["compute", "link", "disk"]
+Lane = Literal["compute", "host", "link", "disk"]
 MOMENTS: tuple[Moment, ...] = ("load", "forward", "backward", "update")
 
 
@@ -69,18 +69,18 @@ class Ledger:
         """Bytes of one term on one device; 0 when the ledger has no such term."""
         return self.terms[name].bytes if name in self.terms else 0
 
-    def alive(self, moment: Moment, tier: Tier = "device") -> int:
-        """Bytes alive in a tier at a moment."""
-        return sum(t.bytes for t in self.terms.values() if t.tier == tier and moment in t.moments)
+    def alive(self, moment: Moment, *tiers: Tier) -> int:
+        """Bytes alive in a tier (or in several together; default: the device) at a moment."""
+        return sum(t.bytes for t in self.terms.values() if t.tier in (tiers or ("device",)) and moment in t.moments)
 
-    def peak(self, tier: Tier = "device") -> tuple[int, Moment]:
+    def peak(self, *tiers: Tier) -> tuple[int, Moment]:
         """The largest sum over the moments, and the moment where it happens."""
-        return max(((self.alive(m, tier), m) for m in MOMENTS), key=lambda pair: pair[0])
+        return max(((self.alive(m, *tiers), m) for m in MOMENTS), key=lambda pair: pair[0])
 
-    def biggest(self, count: int = 3, tier: Tier = "device") -> list[tuple[str, int]]:
+    def biggest(self, count: int = 3, *tiers: Tier) -> list[tuple[str, int]]:
         """The terms that weigh most at the peak, largest first."""
-        _, moment = self.peak(tier)
-        alive = [(n, t.bytes) for n, t in self.terms.items() if t.tier == tier and moment in t.moments]
+        _, moment = self.peak(*tiers)
+        alive = [(n, t.bytes) for n, t in self.terms.items() if t.tier in (tiers or ("device",)) and moment in t.moments]
         return sorted(alive, key=lambda pair: -pair[1])[:count]
 
     def flops(self) -> float:

@@ -14,6 +14,7 @@ from lilliput.base.errors import UserError, did_you_mean
 ROOMS: dict[str, dict[str, str]] = {
     "train": {
         "lora": "lilliput.train.lora:Lora",
+        "offload": "lilliput.train.offload:Offload",
         "poet": "lilliput.train.poet:Poet",
         "qlora": "lilliput.train.qlora:Qlora",
         "remat": "lilliput.train.remat:Remat",

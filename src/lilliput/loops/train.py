@@ -299,6 +299,7 @@ class _Loop:
         from lilliput.models.checkpoints import save_model
 
         folder = self.run.folder
+        self.rig.flush(self.rig)
         rows = self.run.read_metrics()
         lineage = {
             "parents": [{"model": self.job.top.model, "sha256": self.lineage.digest()}] if self.lineage is not None else [],

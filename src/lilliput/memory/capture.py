@@ -207,11 +207,12 @@ def fakes(model: nn.Module, inputs: Any, mode: FakeTensorMode, device: torch.dev
 
 
 def capture(model: nn.Module, step: Step, inputs: Sequence[Any], *, gradients: bool = False, device: str = "cpu",
-            dtype: Callable[[str], torch.dtype] | None = None,
+            dtype: Callable[[str], torch.dtype] | None = None, leave: bool = False,
             then: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss) -> tuple[Trace, list[Any]]:  # fmt: skip
     """(trace, operation objects) of `then(step(model, *inputs)).backward()`; both give a scalar, and an executor's `forward` stands around `step`.
 
-    gradients: every parameter has a gradient already (a second micro-batch). device, dtype(name): where and how parameters on meta will lie.
+    gradients: every parameter has a gradient already (a second micro-batch). leave: each gradient goes away when the next one is complete,
+    as parallel.offloaded sends them. device, dtype(name): where and how parameters on meta will lie.
     UserError for a step whose saved tensors are changed afterwards, or that reads values (a fake tensor has none).
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -219,6 +220,15 @@ def capture(model: nn.Module, step: Step, inputs: Sequence[Any], *, gradients: b
         twin, given, named = fakes(model, tuple(inputs), mode, torch.device(device), gradients, dtype)
     recorder = Recorder(named)
     recorder._fake = mode
+    if leave:
+        last: list[torch.Tensor | None] = []
+
+        def sent(parameter: torch.Tensor) -> None:
+            last[:], parameter.grad = [parameter.grad], None
+
+        for parameter in twin.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(sent)
     for path, module in twin.named_modules():
         module.register_forward_pre_hook(lambda *_, path=path: recorder.path.append(path))
         module.register_forward_hook(lambda *_: recorder.path.__delitem__(-1), always_call=True)

@@ -40,12 +40,12 @@ class Planned:
     """Stands in for an objective (model, micro-batch) -> (loss sum, weight), whose loss is divided by the weight before it goes backward.
 
     choose(trace) -> (name, decisions). The micro-batch is a dataclass with tensors in it. device, dtype(name): where and how parameters
-    on meta will lie. stores(trace): where its pages go, by tier.
+    on meta will lie. stores(trace): where its pages go, by tier. leave: gradients leave the device as they come (memory.capture).
     """
 
     def __init__(self, objective: Objective, choose: Choose, device: str, dtype: Callable[[str], torch.dtype],
-                 stores: Callable[[Trace], Mapping[str, Store]] = lambda trace: {}) -> None:  # fmt: skip
-        self.objective, self.choose, self.device, self.dtype, self.stores = objective, choose, device, dtype, stores
+                 stores: Callable[[Trace], Mapping[str, Store]] = lambda trace: {}, leave: bool = False) -> None:  # fmt: skip
+        self.objective, self.choose, self.device, self.dtype, self.stores, self.leave = objective, choose, device, dtype, stores, leave
         self.ready: dict[Any, Ready] = {}
 
     def __call__(self, model: nn.Module, micro: Any) -> tuple[torch.Tensor, int]:
@@ -80,7 +80,8 @@ class Planned:
 
         weight = max(1, micro.weight)
         trace, funcs = capture(
-            model, step, list(given.values()), gradients=gradients, device=self.device, dtype=self.dtype, then=lambda loss: loss / weight
+            model, step, list(given.values()), gradients=gradients, device=self.device, dtype=self.dtype, leave=self.leave,
+            then=lambda loss: loss / weight,
         )  # fmt: skip
         name, decisions = self.choose(trace)
         schedule = lower(trace, decisions)

@@ -6,6 +6,9 @@ bf16 weights are widened, updated in fp32 and rounded stochastically in the same
 update below 2^-9 of the weight. Random bits are a hash of (key, index), so a resumed run draws the same ones. Every number's update
 depends on itself alone: the same bits for any tiling and any number of threads. 28 bytes a number in fp32: bound by memory.
 
+Mixed precision (`update_master`): the weights are fp32 masters, the gradient is bf16 (or fp32, summed) and is scaled on the way in,
+and the bf16 copy that the model computes with, rounded to nearest even, is written on the way out: 28 bytes a number too.
+
 Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2.
 """
 
@@ -44,11 +47,34 @@ def update(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rule
     """One update of a weight and its fp32 moments, in place. key: of the rounding of bf16 weights."""
     if supports(weight, gradient) is not None:
         return reference(weight, gradient, first, second, rule, key)
-    b1, b2 = rule.betas
     gradient = gradient.contiguous()
     native.module().adamw(weight.data_ptr(), gradient.data_ptr(), first.data_ptr(), second.data_ptr(), weight.numel(), weight.dtype == torch.bfloat16,
-                          rule.lr, b1, b2, rule.eps, 1 - rule.lr * rule.weight_decay, 1 - b1**rule.step, (1 - b2**rule.step) ** 0.5, key)  # fmt: skip
+                          *_numbers(rule), key)  # fmt: skip
     torch.autograd.graph.increment_version((weight, first, second))  # what autograd saved of them is stale
+
+
+@torch.no_grad()
+def update_master(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, copy: Tensor, rule: Rule, scale: float = 1.0) -> None:
+    """One update of fp32 masters and moments by `scale` times a bf16 or fp32 gradient, in place; `copy` (bf16) becomes the masters rounded.
+
+    All flat and contiguous, of as many numbers, on the CPU; elsewhere and without kernels by plain torch.
+    """
+    given = (weight, gradient, first, second, copy)
+    if native.module() is None or any(t.device.type != "cpu" or not t.is_contiguous() for t in given):
+        reference(weight, gradient.float() * scale, first, second, rule, 0)
+        copy.copy_(weight)
+        return
+    kinds = [t.dtype for t in given]
+    assert kinds[0] == kinds[2] == kinds[3] == torch.float32 and kinds[1] in (torch.float32, torch.bfloat16), f"masters and moments are fp32, not {kinds}"
+    assert kinds[4] == torch.bfloat16 and len({t.numel() for t in given}) == 1, f"the copy is bf16, of as many numbers: {kinds}, {[t.numel() for t in given]}"
+    native.module().adamw_master(weight.data_ptr(), gradient.data_ptr(), gradient.dtype == torch.float32, first.data_ptr(), second.data_ptr(),
+                                 copy.data_ptr(), weight.numel(), scale, *_numbers(rule))  # fmt: skip
+    torch.autograd.graph.increment_version((weight, first, second, copy))
+
+
+def _numbers(rule: Rule) -> tuple[float, ...]:
+    b1, b2 = rule.betas
+    return rule.lr, b1, b2, rule.eps, 1 - rule.lr * rule.weight_decay, 1 - b1**rule.step, (1 - b2**rule.step) ** 0.5
 
 
 @torch.no_grad()

@@ -25,6 +25,8 @@ from lilliput.models.checkpoints import STORED, fill
 from lilliput.ops.dropout import Counter
 from lilliput.parallel.optimizer import AdamW
 
+MOMENTS = 8  # bytes of optimizer state a trainable parameter
+
 
 @dataclass(frozen=True)
 class Home:
@@ -32,6 +34,7 @@ class Home:
 
     codec: str = "fp32"  # fp32 | bf16 | nf4
     tier: str = "device"
+    states: str = "device"  # where its optimizer state lies; its gradient leaves for there as soon as it is complete
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,9 @@ class Rig:
     update: Callable[[Rig, float], float]  # (rig, learning rate) -> gradient norm
     counter: Counter  # keys dropout; the rig sets it, the model's modules read it
     clip: float = 0.0
-    optimizer: AdamW | None = None
+    optimizer: Any = None  # parallel.optimizer.AdamW, or what `optimizing` makes in its place
+    optimizing: Callable[..., Any] = lambda rig, **knobs: AdamW(rig.trainable(), seed=rig.seed, **knobs)  # makes the optimizer
+    flush: Callable[[Rig], None] = lambda rig: None  # finishes what a step left for later; before weights are read for good
     plan: Any = None  # the MemoryPlan that the step is carried out under, where a room made one
     exports: Mapping[str, Callable[[Rig, Path], None]] = field(default_factory=dict)  # folder name -> writer
     weight: Callable[[Rig, str], torch.Tensor] = lambda rig, name: rig.model.get_parameter(name).detach()  # as files hold it
@@ -98,6 +103,16 @@ class Rig:
     def home(self, name: str) -> Home:
         """The home of a parameter."""
         return [home for pattern, home in self.homes if fnmatch.fnmatchcase(name, pattern)][-1]
+
+    def standing(self) -> int:
+        """Bytes of weights and optimizer state that the device holds from step to step; the model may be on meta."""
+        held = lambda name, p: MOMENTS if p.requires_grad and self.home(name).states == "device" else 0
+        stored = lambda name: getattr(torch, STORED[self.home(name).codec][0]).itemsize
+        return sum(p.numel() * (stored(name) + held(name, p)) for name, p in self.model.named_parameters())
+
+    def leaving(self) -> bool:
+        """Whether gradients leave the device as soon as they are complete."""
+        return any(self.home(name).states != "device" for name in self.trainable())
 
     def source(self, name: str) -> Callable[[str, tuple[int, ...], int], torch.Tensor]:
         """What makes a parameter: the last `init` that matches its name."""
@@ -153,7 +168,7 @@ def refuse(rooms: Mapping[str, Strategy], facts: Facts) -> None:
             raise UserError(f"`{name}` cannot be used here", reason, f"take the [{name}] section out, or change what it names")
 
 
-def assemble(
+def outline(
     model: Any,
     rooms: Mapping[str, Strategy],
     *,
@@ -163,14 +178,9 @@ def assemble(
     dtype: str,
     read: Callable[[str], torch.Tensor] | None,
     init: Callable[[str, tuple[int, ...], int], torch.Tensor],
-    optimizer: Mapping[str, Any],
     clip: float,
 ) -> Rig:
-    """Assemble a model built on meta (it states `facts` and carries a dropout `counter`) with its rooms; order: see above.
-
-    read(name) gives a parameter from the checkpoint (None: all from `init`); init(name, shape, seed) makes a fresh one.
-    optimizer: keywords of parallel.optimizer.AdamW. Raises UserError when a room refuses.
-    """
+    """The rig of a model built on meta before anything is loaded: every act up to STORE. Arguments and refusals as `assemble` has them."""
     facts = model.facts
     refuse(rooms, facts)
     model.counter.seed = seed
@@ -179,13 +189,23 @@ def assemble(
         model=model, facts=facts, site=site, device=device, seed=seed, homes=(("*", Home(dtype)),), init=(whole,),
         objective=next_token, schedule=accumulate, update=clip_and_step, clip=clip, counter=model.counter,
     )  # fmt: skip
-    acts = order(rooms)
-    for phase, _, act in acts:
+    for phase, _, act in order(rooms):
         if phase < Phase.STEP:
             rig = act(rig)
+    return rig
+
+
+def assemble(model: Any, rooms: Mapping[str, Strategy], *, optimizer: Mapping[str, Any], **job: Any) -> Rig:
+    """Assemble a model built on meta (it states `facts` and carries a dropout `counter`) with its rooms; order: see above.
+
+    read(name) gives a parameter from the checkpoint (None: all from `init`); init(name, shape, seed) makes a fresh one. site, device,
+    seed, dtype, clip: as `outline` takes them. optimizer: keywords of parallel.optimizer.AdamW, or of what a room makes in its place.
+    Raises UserError when a room refuses.
+    """
+    rig = outline(model, rooms, **job)
     materialise(rig)
-    rig = replace(rig, optimizer=AdamW(rig.trainable(), seed=seed, **optimizer))
-    for phase, _, act in acts:
+    rig = replace(rig, optimizer=rig.optimizing(rig, **optimizer))
+    for phase, _, act in order(rooms):
         if phase == Phase.STEP:
             rig = act(rig)
     return rig

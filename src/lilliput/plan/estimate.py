@@ -18,7 +18,7 @@ from lilliput.base.job import Job
 from lilliput.base.ledger import Lane, Ledger, Moment
 from lilliput.base.protocols import Site
 from lilliput.base.show import size
-from lilliput.plan.ledgers import ELEMENT, budget, serving_ledger, training_ledger
+from lilliput.plan.ledgers import ELEMENT, budget, fits, serving_ledger, tiers, training_ledger
 from lilliput.plan.search import Fix, Trial, fixes, largest_micro_batch
 
 
@@ -41,23 +41,23 @@ class Fit:
 
     @property
     def peak(self) -> int:
-        """Bytes at the worst moment."""
-        return self.ledger.peak()[0]
+        """Bytes at the worst moment (on a CPU those of the host tier too, which are in the same memory)."""
+        return self.ledger.peak(*tiers(self.device))[0]
 
     @property
     def moment(self) -> Moment:
         """The worst moment."""
-        return self.ledger.peak()[1]
+        return self.ledger.peak(*tiers(self.device))[1]
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the budget."""
-        return self.peak <= self.budget
+        """Whether the peak is within the budget, and what lies on the host within the host's."""
+        return fits(self.ledger, self.site.hardware)
 
     @property
     def biggest(self) -> list[tuple[str, int]]:
         """The three terms that weigh most at the peak."""
-        return self.ledger.biggest(3)
+        return self.ledger.biggest(3, *tiers(self.device))
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,9 @@ class Estimate(Fit):
         big = ", ".join(f"{name} {size(count)}" for name, count in self.biggest)
         room = f"{self.device.name} has {size(self.budget)} to use ({size(self.device.free)} free)"
         why = f"needs {size(self.peak)} at its peak ({self.moment}), {room}; biggest: {big}"
+        if self.peak <= self.budget:
+            host = self.site.hardware.host
+            why = f"the host needs {size(self.ledger.peak('host')[0])}, {host.name} has {size(budget(host))} to use ({size(host.free)} free)"
         nearest = min(self.fixes, key=lambda fix: (not fix.fits, 0 if fix.fits else fix.peak), default=None)
         if nearest is not None and nearest.fits:
             return "the job does not fit", why, nearest.words
@@ -145,7 +148,8 @@ def estimate_serving(facts: Facts, hardware: Hardware, sequences: int, context: 
 def lanes(ledger: Ledger, hardware: Hardware, dtype: str) -> dict[Lane, float]:
     """Seconds of the ledger's work by lane at the peak rates of the hardware; lanes without work or with an unknown rate are left out."""
     rate = hardware.device.peak("fp32" if hardware.device.kind == "cpu" else dtype)
-    speeds: dict[Lane, float] = {"compute": hardware.device.bandwidth, "link": hardware.links.pcie, "disk": hardware.links.nvme_read}
+    links = hardware.links
+    speeds: dict[Lane, float] = {"compute": hardware.device.bandwidth, "host": hardware.host.bandwidth, "link": links.pcie, "disk": links.nvme_read}
     found: dict[Lane, float] = {}
     for lane, speed in speeds.items():
         terms = [t for t in ledger.terms.values() if t.lane == lane]

@@ -24,8 +24,8 @@ from typing import Any
 
 from lilliput.base.errors import UserError
 from lilliput.base.facts import Activation, Facts
-from lilliput.base.hardware import DeviceSpec
-from lilliput.base.ledger import Ledger, Term
+from lilliput.base.hardware import DeviceSpec, Hardware
+from lilliput.base.ledger import Lane, Ledger, Term, Tier
 from lilliput.base.protocols import Site, in_order
 from lilliput.ops import native
 
@@ -40,6 +40,17 @@ def budget(device: DeviceSpec) -> int:
     return max(0, round(device.free * (1 - SHARE)) - RESERVE)
 
 
+def tiers(device: DeviceSpec) -> tuple[Tier, ...]:
+    """The tiers that lie in this device's memory: what a CPU's job leaves to the host is in the same one."""
+    return ("device", "host") if device.kind == "cpu" else ("device",)
+
+
+def fits(ledger: Ledger, hardware: Hardware) -> bool:
+    """Whether the peak is within what the device and its host may use."""
+    apart = hardware.device.kind != "cpu"
+    return ledger.peak(*tiers(hardware.device))[0] <= budget(hardware.device) and not (apart and ledger.peak("host")[0] > budget(hardware.host))
+
+
 def training_ledger(facts: Facts, site: Site, rooms: Mapping[str, Any], dtype: str, micro_batches: int = 1, optimizer: int = ADAMW) -> Ledger:
     """The ledger of one optimizer step of `micro_batches` micro-batches of the shape that `site` states.
 
@@ -51,8 +62,9 @@ def training_ledger(facts: Facts, site: Site, rooms: Mapping[str, Any], dtype: s
     by_phase = dict(sorted(rooms.items(), key=lambda pair: (min(pair[1].acts()), pair[0])))
     for _, room in in_order(by_phase):
         ledger = room.cost(ledger, facts, site)
-    trained = min(1.0, ledger.bytes("gradients") / whole)
-    ledger = _work(ledger, trained, micro_batches)
+    away = ledger.terms["gradients"].tier != "device"  # such a room trains every weight
+    trained = 1.0 if away else min(1.0, ledger.bytes("gradients") / whole)
+    ledger = _work(ledger, trained, micro_batches, site.hardware)
     compiled = native.missing() is None and site.hardware.device.kind == "cpu"
     rounding = 0 if dtype == "fp32" or compiled else ROUNDING
     return _gradients(ledger, facts, trained, rounding, micro_batches, site.sequences * site.tokens, ELEMENT[dtype])
@@ -111,13 +123,14 @@ def _activation(a: Activation, layers: int) -> tuple[str, Term]:
     return f"activations.{a.name}", Term(a.size * max(1, blocks), moments=("forward",) if a.early else ("forward", "backward"), blocks=blocks)
 
 
-def _work(ledger: Ledger, trained: float, micro_batches: int) -> Ledger:
+def _work(ledger: Ledger, trained: float, micro_batches: int, hardware: Hardware) -> Ledger:
     """Rooms count one micro-batch; this makes it a step. `trained`: share of the gradients that are made."""
     forward = ledger.terms["forward"].flops  # once more for the gradients of the inputs, and once for those of the weights
     ledger = ledger.put(backward=Term(flops=forward * (1 + trained)))
     ledger = ledger.put(**{n: replace(t, flops=t.flops * micro_batches, traffic=t.traffic * micro_batches) for n, t in ledger.terms.items()})
     moved = 2 * ledger.bytes("optimizer") + ledger.bytes("gradients") + 2 * trained * ledger.bytes("parameters")
-    return ledger.put(update=Term(traffic=moved))  # moments and weights are read and written, gradients read
+    lane: Lane = "compute" if ledger.terms["optimizer"].tier in tiers(hardware.device) else "host"
+    return ledger.put(update=Term(traffic=moved, lane=lane))  # moments and weights are read and written, gradients read
 
 
 def _gradients(ledger: Ledger, facts: Facts, trained: float, rounding: int, micro_batches: int, tokens: int, element: int) -> Ledger:
@@ -127,15 +140,19 @@ def _gradients(ledger: Ledger, facts: Facts, trained: float, rounding: int, micr
     and what falls along the whole backward pass is gone by the time the gradients of the other blocks are there. Those of
     what stands before the blocks come when all activations are gone. Where the head is tied, its share waits for the
     embedding's (the model's transients count it, which is too much when the table is frozen), and their sum is the last
-    thing the backward pass makes.
+    thing the backward pass makes. Gradients that leave the device as they come take nothing of this.
     """
+    if micro_batches > 1:
+        waiting = Term((micro_batches - 1) * tokens * 16, moments=("forward", "backward"))  # int64 tokens and targets
+        ledger = ledger.put(**{"waiting micro-batches": waiting})
     gradients = ledger.terms["gradients"]
+    if gradients.tier != "device":
+        return ledger
     each = gradients.bytes / facts.parameters
     tied = sum(_count(facts, lambda name, group=group: name in group) for group in facts.tied)  # type: ignore[misc]
     absent = tied * element * (1 - trained)
     if micro_batches > 1:
-        waiting = Term((micro_batches - 1) * tokens * 16, moments=("forward", "backward"))  # int64 tokens and targets
-        ledger = ledger.put(gradients=replace(gradients, moments=("forward", *gradients.moments)), **{"waiting micro-batches": waiting})
+        ledger = ledger.put(gradients=replace(gradients, moments=("forward", *gradients.moments)))
     else:
         held = [t for t in ledger.terms.values() if t.blocks]
         whole = each * _count(facts, lambda name: name.startswith("layers."))

@@ -7,6 +7,7 @@ from typing import Any
 from lilliput.base.ledger import Term
 from lilliput.base.show import count, size
 from lilliput.plan.estimate import Estimate, ServingEstimate
+from lilliput.plan.ledgers import tiers
 
 COLUMNS = ("term", "bytes", "share", "bar", "alive", "tier")  # of rows(), for Show.table
 WIDTH = 30  # characters of the longest bar
@@ -80,7 +81,7 @@ def _serving(estimate: ServingEstimate) -> str:
 
 
 def _row(name: str, term: Term, estimate: Estimate | ServingEstimate, top: int) -> dict[str, Any]:
-    share = _share(term.bytes, estimate) if term.tier == "device" else ""
+    share = _share(term.bytes, estimate) if term.tier in tiers(estimate.device) else ""
     return {"term": name, "bytes": size(term.bytes), "share": share, "bar": _bar(term.bytes, top), "alive": " ".join(term.moments), "tier": term.tier}
 
 

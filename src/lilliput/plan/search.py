@@ -18,7 +18,7 @@ from lilliput.base.hardware import Hardware
 from lilliput.base.ledger import Ledger
 from lilliput.base.protocols import Phase, Site
 from lilliput.base.show import size
-from lilliput.plan.ledgers import ELEMENT, budget, training_ledger
+from lilliput.plan.ledgers import ELEMENT, budget, fits, tiers, training_ledger
 
 SHORTEST = 64  # tokens; no fix proposes shorter sequences
 
@@ -61,8 +61,8 @@ class Trial:
 
     def fix(self) -> Fix:
         """This variant as a proposal."""
-        peak = self.ledger().peak()[0]
-        return Fix(" ".join(self.words), peak, peak <= budget(self.hardware.device))
+        ledger = self.ledger()
+        return Fix(" ".join(self.words), ledger.peak(*tiers(self.hardware.device))[0], fits(ledger, self.hardware))
 
     def edit(self, words: str, **fields: Any) -> Trial:
         """Another variant; its words replace earlier ones of the same key."""

@@ -28,7 +28,7 @@ from lilliput.base.facts import Facts
 from lilliput.base.ledger import Ledger, Tier
 from lilliput.base.protocols import Phase, Site
 from lilliput.base.show import parse_size, size
-from lilliput.train.remat import MOMENTS, fewest
+from lilliput.train.remat import fewest
 
 if TYPE_CHECKING:
     from lilliput.memory.simulate import Rates, Simulation
@@ -83,17 +83,18 @@ class Poet(Section):
         from lilliput.models.checkpoints import STORED
 
         stored = lambda name: getattr(torch, STORED[rig.home(name).codec][0])
-        standing = sum(p.numel() * (stored(n).itemsize + (MOMENTS if p.requires_grad else 0)) for n, p in rig.model.named_parameters())
+        standing, leave = rig.standing(), rig.leaving()
 
         def store(trace: Trace) -> Store:
             if self.tier == "host":
                 return HostStore(device=rig.device)
             return FileStore(Path(self.scratch) / f"pages-{trace.digest()}", {s.index: s.bytes for s in trace.saved()})
 
-        planned = Planned(rig.objective, lambda trace: self.choose(trace, rig, standing), str(rig.device), stored, lambda trace: {self.tier: store(trace)})
+        planned = Planned(rig.objective, lambda trace: self.choose(trace, rig, standing), str(rig.device), stored,
+                          lambda trace: {self.tier: store(trace)}, leave)  # fmt: skip
         tokens_BT = torch.empty(rig.site.sequences, rig.site.tokens, dtype=torch.int64, device="meta")
         micro = MicroBatch(tokens_BT, tokens_BT.clone(), tokens_BT.numel())
-        made = [planned.prepare(rig.model, micro, gradients) for gradients in ((False, True) if rig.site.micro_batches > 1 else (False,))]
+        made = [planned.prepare(rig.model, micro, gradients) for gradients in ((False, True) if rig.site.micro_batches > 1 and not leave else (False,))]
         return replace(rig, objective=planned, plan=max(made, key=lambda ready: ready.simulation.peak["device"]).plan)
 
     def rates(self, trace: Trace, rig: Rig) -> Rates:

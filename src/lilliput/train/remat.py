@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from lilliput.memory.trace import Trace
     from lilliput.parallel.rig import Rig
 
-MOMENTS = 8  # bytes of optimizer state a trainable parameter
 BLOCKS = "layers.*"  # the part of facts.chain that is planned block by block
 
 
@@ -102,11 +101,11 @@ class Remat(Section):
         from lilliput.models.checkpoints import STORED
 
         stored = lambda name: getattr(torch, STORED[rig.home(name).codec][0])
-        standing = sum(p.numel() * (stored(n).itemsize + (MOMENTS if p.requires_grad else 0)) for n, p in rig.model.named_parameters())
-        planned = Planned(rig.objective, lambda trace: self.choose(trace, rig, standing), str(rig.device), stored)
+        standing, leave = rig.standing(), rig.leaving()
+        planned = Planned(rig.objective, lambda trace: self.choose(trace, rig, standing), str(rig.device), stored, leave=leave)
         tokens_BT = torch.empty(rig.site.sequences, rig.site.tokens, dtype=torch.int64, device="meta")
         micro = MicroBatch(tokens_BT, tokens_BT.clone(), tokens_BT.numel())
-        made = [planned.prepare(rig.model, micro, gradients) for gradients in ((False, True) if rig.site.micro_batches > 1 else (False,))]
+        made = [planned.prepare(rig.model, micro, gradients) for gradients in ((False, True) if rig.site.micro_batches > 1 and not leave else (False,))]
         return replace(rig, objective=planned, plan=max(made, key=lambda ready: ready.simulation.peak["device"]).plan)
 
     def choose(self, trace: Trace, rig: Rig, standing: int) -> tuple[str, Mapping[int, Any]]:
