@@ -1,4 +1,4 @@
-"""Stores: where paged tensors lie while the device does without them, the host's memory or a file. One worker copies, in order.
+"""Stores: where paged tensors lie while the device does without them, the host's memory or a file.
 
 A host store really copies, also on a machine whose device is the CPU: there the device tier is a budget. A file store is
 one file that is made once in its full size (the free space is checked first), so a step cannot run out of disk halfway.
@@ -7,17 +7,16 @@ one file that is made once in its full size (the free space is checked first), s
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from lilliput.base.errors import UserError
-from lilliput.base.show import size
+from lilliput.dist.arena import require
+from lilliput.dist.engine import Engine, File, aligned
 from lilliput.dist.link import Link, resting
 
 
@@ -66,46 +65,31 @@ class HostStore:
 class FileStore:
     """One file, a fixed place a storage. `sizes`: bytes of each storage that may come."""
 
-    def __init__(self, path: Path, sizes: Mapping[int, int], speed: float = 0.0) -> None:
-        self.link = Link(speed)
-        self.written = self.read_back = 0
+    def __init__(self, path: Path, sizes: Mapping[int, int], speed: float = 0.0, device: torch.device | str = "cpu") -> None:
         self.places: dict[int, int] = {}
-        end = 0
+        self.bytes = self.written = self.read_back = 0
         for storage, count in sizes.items():
-            self.places[storage] = end
-            end += -(-count // 4096) * 4096
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if free < end:
-            raise UserError(f"no room for {path}", f"the plan pages {size(end)}, the disk has {size(free)} free", "a smaller batch, or another folder")
-        self.bytes = end
-        self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        if end:
-            os.posix_fallocate(self.file, 0, end)
+            self.places[storage] = self.bytes
+            self.bytes += aligned(count)
+        require(path.parent, {path: self.bytes})
+        self.file, self.engine = File(path, self.bytes), Engine(speed=speed, device=device)
 
     def write(self, storage: int, flat: torch.Tensor, dtype: torch.dtype) -> Future[None]:
         """See Store; exact bytes only."""
         if dtype != flat.dtype:
             raise UserError("a file store holds exact bytes", f"asked to write {dtype} from {flat.dtype}", "codec=exact, or the host tier")
         self.written += flat.nbytes
-        at = self.places[storage]
-        return self.link.begin(lambda tensor: self._move(os.pwrite, tensor, at), flat.nbytes, flat)
+        return self.engine.write(self.file, flat.view(torch.uint8), self.places[storage])
 
     def read(self, storage: int, into: torch.Tensor) -> Future[None]:
         """See Store."""
         self.read_back += into.nbytes
-        at = self.places[storage]
-        return self.link.begin(lambda tensor: self._move(lambda file, view, at: os.preadv(file, [view], at), tensor, at), into.nbytes, into)
+        return self.engine.read(self.file, into.view(torch.uint8), self.places[storage])
 
     def free(self, storage: int) -> None:
         """Its place stays its own."""
 
     def close(self) -> None:
         """Finish what is under way and close the file."""
-        self.link.close()
-        os.close(self.file)
-
-    def _move(self, call: Any, tensor: torch.Tensor, at: int) -> None:
-        view, done = memoryview(tensor.numpy().data).cast("B"), 0
-        while done < len(view):
-            done += call(self.file, view[done:], at + done)
+        self.engine.close()
+        self.file.close()

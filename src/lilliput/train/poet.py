@@ -88,7 +88,7 @@ class Poet(Section):
         def store(trace: Trace) -> Store:
             if self.tier == "host":
                 return HostStore(device=rig.device)
-            return FileStore(Path(self.scratch) / f"pages-{trace.digest()}", {s.index: s.bytes for s in trace.saved()})
+            return FileStore(Path(self.scratch) / f"pages-{trace.digest()}", {s.index: s.bytes for s in trace.saved()}, device=rig.device)
 
         planned = Planned(rig.objective, lambda trace: self.choose(trace, rig, standing), str(rig.device), stored,
                           lambda trace: {self.tier: store(trace)}, leave)  # fmt: skip

@@ -1,0 +1,192 @@
+"""Bytes to and from files beside the computation: threads that read and write blocks past the page cache (O_DIRECT).
+
+A file's pages are not kept in memory: what is stored leaves it, and what is read came from the disk. O_DIRECT wants memory, offsets
+and lengths in multiples of 4096 bytes, so every block goes through an aligned buffer of a pool of fixed size (pinned where a GPU copies
+from it). Two to four threads with blocks of 1 to 8 MiB reach what such a disk gives (benchmarks/infinity.md); smaller blocks do not.
+A file system that refuses O_DIRECT is used through the page cache, and `reason` says so.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lilliput.base.records import disk_errors
+from lilliput.dist.link import Throttle
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PAGE = 4096
+
+
+def aligned(count: int) -> int:
+    """The next multiple of a page."""
+    return -(-count // PAGE) * PAGE
+
+
+def whole_pages(count: int) -> Tensor:
+    """A buffer of its own, uint8, of so many bytes rounded up to pages, which begins on one."""
+    return torch.frombuffer(mmap.mmap(-1, aligned(count)), dtype=torch.uint8)
+
+
+class Buffers:
+    """`count` aligned buffers of `size` bytes, made once. Whoever wants one more waits for one that is given back."""
+
+    def __init__(self, count: int, size: int, pinned: bool = False) -> None:
+        self.count, self.size = count, aligned(size)
+        whole = whole_pages(count * self.size)
+        if pinned:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.nbytes, 0))
+        self.free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        for part in whole.split(self.size):
+            self.free.put(part)
+
+    @contextmanager
+    def taken(self) -> Iterator[Tensor]:
+        """A buffer, uint8, for as long as the block lasts."""
+        buffer = self.free.get()
+        try:
+            yield buffer
+        finally:
+            self.free.put(buffer)
+
+
+class File:
+    """One preallocated file. `direct`: whether it is past the page cache; `reason`: why not."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path, self.size, self.reason = path, aligned(size), ""
+        flags = os.O_RDWR | os.O_CREAT
+        with disk_errors(path, self.size):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.handle = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o600)
+                self.reason = "" if hasattr(os, "O_DIRECT") else "this system has no O_DIRECT"
+            except OSError as fault:
+                if fault.errno != errno.EINVAL:
+                    raise
+                self.handle, self.reason = os.open(path, flags, 0o600), f"the file system of {path.parent} refuses O_DIRECT"
+            try:
+                if os.fstat(self.handle).st_size < self.size:
+                    os.posix_fallocate(self.handle, 0, self.size)
+            except BaseException:
+                os.close(self.handle)
+                raise
+
+    @property
+    def direct(self) -> bool:
+        """Whether reads come from the disk and not from memory."""
+        return not self.reason
+
+    def read(self, buffer: Tensor, at: int) -> None:
+        """Fill an aligned buffer from a page on."""
+        self._move(lambda view, at: os.preadv(self.handle, [view], at), buffer, at)
+
+    def write(self, buffer: Tensor, at: int) -> None:
+        """Write an aligned buffer to a page on."""
+        self._move(lambda view, at: os.pwritev(self.handle, [view], at), buffer, at)
+
+    def settle(self) -> None:
+        """Have the disk hold what was written."""
+        with disk_errors(self.path):
+            os.fdatasync(self.handle)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self.handle)
+
+    def _move(self, call: Callable[[memoryview, int], int], buffer: Tensor, at: int) -> None:
+        view, done = memoryview(buffer.numpy().data), 0
+        with disk_errors(self.path, len(view)):
+            while done < len(view):
+                moved = call(view[done:], at + done)
+                if moved == 0:
+                    raise OSError(errno.EIO, f"the file ends at byte {at + done}")
+                done += moved
+
+
+class Engine:
+    """Threads, their pool of buffers, and how many bytes they moved. speed: bytes/s of a slower disk that is played; 0 = this one's."""
+
+    def __init__(self, threads: int = 3, block: int = 2 << 20, speed: float = 0.0, device: torch.device | str = "cpu") -> None:
+        self.block, self.throttle = aligned(block), Throttle(speed)
+        self.buffers = Buffers(threads, self.block, torch.device(device).type == "cuda")
+        self.pool = ThreadPoolExecutor(threads, "disk")
+        self.read_bytes = self.written_bytes = 0
+        self.lock = threading.Lock()
+
+    def read(self, file: File, into: Tensor, at: int, check: Callable[[Tensor, int], None] = lambda pages, start: None) -> Future[None]:
+        """Begin to fill a flat uint8 tensor from byte `at` (a page) of a file on. check(pages, start) sees every
+        block, with the rest of its last page, before it is used."""
+
+        def one(start: int, part: Tensor) -> None:
+            with self.buffers.taken() as buffer:
+                file.read(buffer[: aligned(part.numel())], at + start)
+                check(buffer[: aligned(part.numel())], start)
+                part.copy_(buffer[: part.numel()])
+
+        return self._each(one, into, reading=True)
+
+    def write(self, file: File, source: Tensor, at: int, note: Callable[[Tensor, int], None] = lambda pages, start: None) -> Future[None]:
+        """Begin to write a flat uint8 tensor from byte `at` (a page) on. note(pages, start) sees every
+        block; the rest of the last page is zeros."""
+
+        def one(start: int, part: Tensor) -> None:
+            with self.buffers.taken() as buffer:
+                buffer[: part.numel()].copy_(part)
+                buffer[part.numel() : aligned(part.numel())].zero_()
+                note(buffer[: aligned(part.numel())], start)
+                file.write(buffer[: aligned(part.numel())], at + start)
+
+        return self._each(one, source, reading=False)
+
+    def close(self) -> None:
+        """Finish what is under way and end the threads."""
+        self.pool.shutdown()
+
+    def _each(self, one: Callable[[int, Tensor], None], flat: Tensor, reading: bool) -> Future[None]:
+        """one(start, part) for every block of a flat tensor, on the threads. They have let go of it when the future is done, which has
+        the first exception."""
+        done: Future[None] = Future()
+        starts = range(0, flat.numel(), self.block)
+        left, faults, held = [len(starts)], [], [flat]
+
+        def run(start: int) -> None:
+            try:
+                size = min(self.block, held[0].numel() - start)
+                self.throttle.run(lambda: one(start, held[0][start : start + size]), size)
+            except BaseException as fault:  # goes to whoever waits
+                faults.append(fault)
+            with self.lock:
+                left[0] -= 1
+                last = left[0] == 0
+            if last:
+                held.clear()
+                done.set_exception(faults[0]) if faults else done.set_result(None)
+
+        with self.lock:
+            moved = sum(aligned(min(self.block, flat.numel() - start)) for start in starts)
+            self.read_bytes, self.written_bytes = self.read_bytes + moved * reading, self.written_bytes + moved * (not reading)
+        for start in starts:
+            self.pool.submit(run, start)
+        if not starts:
+            done.set_result(None)
+        return done
+
+
+def settled(value: Any = None) -> Future[Any]:
+    """A future that is done."""
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
