@@ -44,7 +44,8 @@ def require(folder: Path, files: Mapping[Path, int]) -> None:
     needed = sum(max(0, count - (path.stat().st_blocks * 512 if path.exists() else 0)) for path, count in files.items())
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"no room in {folder}", f"{size(needed)} ({needed:,} bytes) are needed, {size(free)} ({free:,}) are free", "another folder, or a smaller model")
+        why = f"{size(needed)} ({needed:,} bytes) are needed, {size(free)} ({free:,}) are free"
+        raise UserError(f"no room in {folder}", why, "another folder, or a smaller model")
 
 
 class Arena:
