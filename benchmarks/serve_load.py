@@ -183,11 +183,11 @@ def row(load: str, results: list[Result], seconds: float, cpu: float) -> dict[st
     return counts | {"all tok/s": f"{everything / seconds:.1f}"} | times | {"CPU s/1k tok": spent}
 
 
-def start(model: str, overrides: list[str]) -> tuple[subprocess.Popen[str], str, float]:
+def start(model: str, overrides: list[str], command: list[str] | None = None) -> tuple[subprocess.Popen[str], str, float]:
     """Our server: the process, its address, and the moment it was started."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "lilliput", "serve", model, "--json", "http.port=0", *overrides]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = command or [sys.executable, "-m", "lilliput", "serve", "--json"]
+    process = subprocess.Popen([*command, model, "http.port=0", *overrides], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None, "its stdout was asked for"
     told = ""
     while not told.endswith("\n}\n"):

@@ -1,0 +1,104 @@
+"""Continuous against static batching: a trace replayed through HTTP, faster and faster, tokens a second at equal 95th percentile of time per token.
+
+    make bench X=serve_batching ARGS="--trace ../shared/data/traces/AzureLLMInferenceTrace_conv.csv"
+
+Static batching is the scheduler's own baseline: requests are admitted only when the batch before has ended. Both servers live at the same time and are
+loaded in turn. Time per token of a request = from its arrival to its last token, divided by its tokens (vLLM's normalised latency, section 6.1):
+waiting for admission counts. Arrivals and lengths are the trace's, arrivals `speed` times closer, lengths cut to --longest.
+`--server MODEL` is the static server itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from serve_load import Ask, Target, opened, read_trace, send, start
+
+from lilliput.base.show import Show
+from lilliput.loops.bench import machine
+
+COLUMNS = ("speed", "batching", "requests", "failed", "seconds", "out tok/s", "p50 ms/token", "p95 ms/token")
+LIMITS = (25, 50, 100, 200, 400, 800)
+
+
+def static_server(words: list[str]) -> None:
+    """`lilliput serve` with static batching."""
+    from lilliput.base.job import Job
+    from lilliput.cli.serve import served
+    from lilliput.serve import http
+
+    made, _ = served(Job.load(None, [f"model={words[0]}", *words[1:]]))
+    assert made.engine is not None, "a decoder has an engine"
+    made.engine.engine.scheduler.batching = "static"
+    http.serve(made, (), None, lambda port: Show(json=True).data({"url": f"http://127.0.0.1:{port}"}))
+
+
+def measure(target: Target, trace: Path, count: int, speed: float, longest: int) -> dict[str, Any]:
+    """One replay."""
+    results, seconds = asyncio.run(opened(target, read_trace(trace, count, speed, longest)))
+    good = [result for result in results if not result.fault]
+    each = sorted(1000 * result.last / result.tokens for result in good)
+    at = lambda share: round(each[min(len(each) - 1, int(share * len(each)))], 1)
+    out = round(sum(result.tokens for result in good) / seconds, 1)
+    return {"requests": len(results), "failed": len(results) - len(good), "seconds": round(seconds, 1), "out tok/s": out, "p50 ms/token": at(0.5),
+            "p95 ms/token": at(0.95)}  # fmt: skip
+
+
+def at_equal(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each limit of the 95th percentile the most tokens a second of either side that kept it."""
+    found = []
+    for limit in LIMITS:
+        best = {side: max((row["out tok/s"] for row in rows if row["batching"] == side and row["p95 ms/token"] <= limit), default=0.0)
+                for side in ("continuous", "static")}  # fmt: skip
+        if best["static"]:
+            found.append({"p95 at most, ms/token": limit, **best, "ratio": round(best["continuous"] / best["static"], 2)})
+    return found
+
+
+def main() -> int:
+    """Measure and print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", nargs="+", metavar="MODEL", help="be the static server")
+    parser.add_argument("--trace", type=Path)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--longest", type=int, default=256)
+    parser.add_argument("--speeds", type=float, nargs="+", default=[0.5, 1, 2, 4, 8])
+    arguments, overrides = parser.parse_known_args()
+    if arguments.server:
+        static_server(arguments.server + overrides)
+        return 0
+    show, rows = Show(), []
+    servers = {
+        "static": start(arguments.model, overrides, [sys.executable, str(Path(__file__).resolve()), "--server"]),
+        "continuous": start(arguments.model, [*overrides]),
+    }
+    try:
+        targets = {side: Target(url, arguments.model, "", process.pid) for side, (process, url, _) in servers.items()}
+        for target in targets.values():
+            asyncio.run(send(target, Ask(0, 64, 8, 7)))
+        for speed in arguments.speeds:
+            for side, target in targets.items():
+                rows.append({"speed": speed, "batching": side, **measure(target, arguments.trace, arguments.requests, speed, arguments.longest)})
+                show.line(str(rows[-1]))
+    finally:
+        for process, _, _ in servers.values():
+            process.terminate()
+        for process, _, _ in servers.values():
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    where = ", ".join(f"{key} {value}" for key, value in machine().items())
+    show.table(rows, COLUMNS, f"{arguments.trace.name}, lengths to {arguments.longest}; {where}")
+    show.table(at_equal(rows), ("p95 at most, ms/token", "continuous", "static", "ratio"), "most tokens a second at equal 95th percentile")
+    return 1 if any(row["failed"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
