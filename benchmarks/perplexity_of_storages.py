@@ -29,7 +29,7 @@ def sides(name: str) -> Iterator[tuple[str, object]]:
     """(what, model), made one after the other: only one is in memory."""
     yield "fp32, eager", load_model(name, "cpu")[0]
     checkpoint = open_checkpoint(hub.locate(name))
-    for weights in ("file", "fp16", "w8", "q4", "nf4", "fp8"):
+    for weights in ("file", "fp16", "w8", "q4", "nf4", "fp8", "fp8_rows"):
         yield f"weights {weights}", NativeDecoder(checkpoint.spec, checkpoint.read, checkpoint.blocks, weights)
     for kv in paged.CODECS[1:]:
         for before in (False, True):

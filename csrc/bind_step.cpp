@@ -50,6 +50,9 @@ void forward(Plan& plan, Address tokens, Address x, Address positions, int rows,
 }  // namespace
 
 void bind_step(nb::module_& m) {
+  m.def("round8", [](Address x, Address y, int rows, int width) {
+    for (long r = 0; r < rows; r++) step().round8(at<float>(x) + r * width, at<float>(y) + r * width, width);
+  });
   nb::class_<Plan>(m, "Plan")
       .def("__init__", [](Plan* p, int dim, int heads, int kv_heads, int head_dim, int ffn, int vocab, int wide, int act, float scale) {
         new (p) Plan();
@@ -66,8 +69,8 @@ void bind_step(nb::module_& m) {
         layer.window = window; layer.sinks = sinks;
         p.layers.push_back(std::move(layer));
       })
-      .def("product", [](Plan& p, int layer, int which, const Weight& w, Address bias, bool int8, Address scales) {
-        slot(p, layer, which) = Product{w, at<float>(bias), int8, at<float>(scales)};
+      .def("product", [](Plan& p, int layer, int which, const Weight& w, Address bias, bool int8, Address scales, bool float8) {
+        slot(p, layer, which) = Product{w, at<float>(bias), int8, at<float>(scales), float8};
       })
       .def("norm", [](Plan& p, int layer, int which, int kind, Address weight, Address bias, float eps) {
         Norm& n = layer < 0 ? p.norm : which == 0 ? p.layers.at(size_t(layer)).input_norm : p.layers.at(size_t(layer)).mlp_norm;

@@ -135,6 +135,13 @@ void Plan::residual(const Product& p, const float* x, long x_stride, int rows, f
 }
 
 void Plan::product(const Product& p, const float* x, long x_stride, int rows, float* y, long y_stride, bool add) {
+  if (p.float8) {
+    const int k = p.weight.inputs;
+    float* to = room(scratch.rounded, long(rows) * k);
+    each_row(rows, k, [&](int r) { step().round8(x + r * x_stride, to + long(r) * k, k); });
+    x = to;
+    x_stride = k;
+  }
   if (!p.int8) return linear32(p.weight, x, x_stride, rows, p.bias, y, y_stride, add);
   const int stride = (p.weight.inputs + 63) / 64 * 64, groups = p.weight.groups();
   if (long(scratch.q.size()) < long(rows) * stride + 64) scratch.q.resize(size_t(rows) * size_t(stride) + 64);

@@ -34,6 +34,7 @@ struct Product {  // y = x W^T + b; int8: rows are quantised first
   const float* bias = nullptr;
   bool int8 = false;
   const float* scales = nullptr;  // of int8 rows, [groups]: static; null: of each row anew
+  bool float8 = false;            // rows are rounded to e4m3 first
   explicit operator bool() const { return weight.data != nullptr; }
 };
 
@@ -65,6 +66,7 @@ struct KernelsOfStep {
   void (*rotate)(const float* cos, const float* sin, float* x, int heads, int head_dim);                        // in place, one row
   void (*act)(Act act, const float* up, float* y, int width);  // one row; SWIGLU: up = gate [width] then up [width]
   void (*add)(const float* x, float* y, long count);           // y += x
+  void (*round8)(const float* x, float* y, int width);         // one row: e4m3 times a power of two of its own
 };
 LILLIPUT_DISPATCH(KernelsOfStep, step)
 
@@ -89,7 +91,7 @@ struct Plan {
 
   // Scratch of the step that runs; a region reads and writes these.
   struct Scratch {
-    std::vector<float> normed, wide, hidden, qkv, attended, up, acted, partial;
+    std::vector<float> normed, wide, hidden, qkv, attended, up, acted, partial, rounded;
     std::vector<int8_t> q;
     std::vector<float> scales;
     std::vector<int32_t> sums;

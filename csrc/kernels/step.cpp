@@ -63,8 +63,32 @@ void add(const float* x, float* y, long count) {
   for (; i < count; i++) y[i] += x[i];
 }
 
+LP_INLINE vf floats(vi v) { vf f; memcpy(&f, &v, sizeof f); return f; }
+
+// y = round(x 2^b) 2^-b, round to e4m3 (4 significant bits, from 2^-9 up, ties to even), b = floor(log2(448 / max|x|)): the difference of
+// two numbers' bits. A row with a number that is not finite becomes NaN. ops/fp8.py is the reference.
+void round8(const float* x, float* y, int width) {
+  vi most = bits(zero());
+  int i = 0;
+  for (; i + W <= width; i += W) most = max(most, bits(abs(load(x + i))));
+  if (i < width) most = max(most, bits(abs(load_n(x + i, width - i))));
+  const int32_t top = hmax(most), largest = 0x43e00000, finite = 0x7f7fffff;
+  int32_t b = top == 0 ? 0 : (largest - top) >> 23;
+  b = b > 126 ? 126 : b < -126 ? -126 : b;
+  const vf scale = set1(bits_float((127 + b) << 23)), back = set1(top > finite ? bits_float(0x7fc00000) : bits_float((127 - b) << 23));
+  const vi exponent = bits(set1(bits_float(0x7f800000)));
+  for (i = 0; i < width; i += W) {
+    const int n = width - i < W ? width - i : W;
+    const vf v = (n == W ? load(x + i) : load_n(x + i, n)) * scale;
+    const vf step = max(floats(bits(v) & exponent), set1(0.015625f)) * set1(1572864.0f);  // 1.5 2^20 binades: what is added to it is rounded there
+    const vf rounded = ((v + step) - step) * back;
+    if (n == W) store(y + i, rounded); else store_n(y + i, rounded, n);
+  }
+}
+
 }}  // namespace LILLIPUT_ISA
 
-extern const KernelsOfStep LILLIPUT_TABLE(step) = {LILLIPUT_ISA::norm, LILLIPUT_ISA::head_norm, LILLIPUT_ISA::rotate, LILLIPUT_ISA::act, LILLIPUT_ISA::add};
+extern const KernelsOfStep LILLIPUT_TABLE(step) = {LILLIPUT_ISA::norm, LILLIPUT_ISA::head_norm, LILLIPUT_ISA::rotate, LILLIPUT_ISA::act, LILLIPUT_ISA::add,
+    LILLIPUT_ISA::round8};
 
 }  // namespace lilliput

@@ -12,7 +12,8 @@ from lilliput.models.decoder import Decoder
 from lilliput.models.load import native_refusal
 from lilliput.models.native import NativeDecoder
 from lilliput.models.spec import DecoderSpec, Rope
-from lilliput.ops import native
+from lilliput.ops import float_codecs, native
+from lilliput.ops.fp8 import encode
 from lilliput.ops.paged import KvStore
 from lilliput.ops.step import decoder_step
 
@@ -56,7 +57,7 @@ def test_logits_equal_the_eager_model(name: str, level: str) -> None:
         torch.testing.assert_close(lowered(model)(tokens), model(tokens), atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("weights", "bound"), [("fp16", 2e-3), ("w8", 0.05), ("fp8", 0.12), ("q4", 0.35), ("nf4", 0.3)])
+@pytest.mark.parametrize(("weights", "bound"), [("fp16", 2e-3), ("w8", 0.05), ("fp8", 0.12), ("fp8_rows", 0.15), ("q4", 0.35), ("nf4", 0.3)])
 def test_storages_stay_near(weights: str, bound: float) -> None:
     """Relative error of the logits; each is also smaller in memory than the one before it allows."""
     model = eager(LLAMA)
@@ -64,7 +65,28 @@ def test_storages_stay_near(weights: str, bound: float) -> None:
     with torch.inference_mode():
         want, small = model(tokens), lowered(model, weights)
         assert float((small(tokens) - want).norm() / want.norm()) < bound
-    assert small.bytes < {"fp16": 0.51, "w8": 0.31, "fp8": 0.36, "q4": 0.16, "nf4": 0.27}[weights] * lowered(model).bytes * 1.3
+    assert small.bytes < {"fp16": 0.51, "w8": 0.31, "fp8": 0.36, "fp8_rows": 0.36, "q4": 0.16, "nf4": 0.27}[weights] * lowered(model).bytes * 1.3
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_rows_in_fp8(level: str) -> None:
+    """The eager model with rounded rows times decoded weights; a row's result is its own, whatever stands beside it."""
+    model = eager(LLAMA)
+    small = lowered(model, "fp8_rows")
+    tokens = torch.arange(20)[None]
+    for name, linear in model.named_modules():
+        if name.endswith("_proj"):
+            linear.product = lambda x, w, b, _: torch.nn.functional.linear(
+                torch.stack([encode(row, "e4m3fn").decode() for row in x.flatten(0, -2)]).view_as(x), float_codecs.decode(float_codecs.encode(w, "e4m3")), b
+            )
+        elif name == "head":
+            linear.weight.data = float_codecs.decode(float_codecs.encode(linear.weight, "e4m3"))
+        elif name == "embed":
+            linear.weight.data = linear.weight.half().float()
+    with native.using(level), torch.inference_mode():
+        got, plain = small(tokens), lowered(eager(LLAMA), "fp8")(tokens)
+        assert float((got - model(tokens)).norm() / got.norm()) < 0.02 < 0.5 * float((got - plain).norm() / got.norm()), "nearer than weights alone"
+        assert torch.equal(small(torch.cat([tokens, tokens.flip(1) * 5])[:, :20])[0], got[0])
 
 
 @pytest.mark.parametrize("level", LEVELS)

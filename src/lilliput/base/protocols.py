@@ -43,11 +43,16 @@ class Site:
     element: int = 4  # bytes of a stored weight (4 fp32, 2 bf16); compute and activations are fp32 on CPUs
     micro_batches: int = 1  # of one optimizer step
 
+    @property
+    def computed(self) -> int:
+        """Bytes of a computed number: CPUs compute in fp32 whatever weights are stored in."""
+        return 4 if self.hardware.device.kind == "cpu" else max(2, self.element)
+
 
 class Strategy(Protocol):
     """A train room: its fields are its config (a base.config.Section), its methods what it does and costs."""
 
-    needs: tuple[str, ...]  # rooms that must act earlier in the same phase; ties by name
+    needs: tuple[str, ...]  # rooms that must act earlier in the same phase; ties by name. `after`, where it is stated: those that do if they are there
 
     def acts(self) -> Mapping[Phase, Callable[[Rig], Rig]]:
         """What it does in each phase; each act takes the rig and gives the next one."""
@@ -63,13 +68,13 @@ class Strategy(Protocol):
 
 
 def in_order(rooms: Mapping[str, Strategy]) -> Iterator[tuple[str, Strategy]]:
-    """(name, room) in the given order, but each after those of these rooms that it needs; UserError when they wait for each other.
+    """(name, room) in the given order, but each after those of these rooms that it needs or names in `after`; UserError when they wait for each other.
 
     The rig orders acts with it and the planner costs, so that what is predicted is folded as it is run.
     """
     waiting = dict(rooms)
     while waiting:
-        ready = next((n for n, room in waiting.items() if not any(need in waiting for need in room.needs)), None)
+        ready = next((n for n, room in waiting.items() if not any(other in waiting for other in (*room.needs, *getattr(room, "after", ())))), None)
         if ready is None:
             raise UserError(f"rooms wait for each other: {', '.join(waiting)}", fix="switch one of them off")
         yield ready, waiting.pop(ready)

@@ -13,6 +13,7 @@ from lilliput.base.errors import UserError, did_you_mean
 
 ROOMS: dict[str, dict[str, str]] = {
     "train": {
+        "fp8": "lilliput.train.fp8:Fp8",
         "lora": "lilliput.train.lora:Lora",
         "offload": "lilliput.train.offload:Offload",
         "poet": "lilliput.train.poet:Poet",

@@ -31,6 +31,7 @@ class Codec(Protocol):
 class Linear(nn.Module):
     """y = x W^T + b + sum of delta(x). weight [outputs, inputs].
 
+    `product`: where one is set, it computes x W^T + b (models/products.py).
     `codec`: where one is set, `weight` is frozen bytes that it decodes into [outputs, inputs] for each product, forward and backward.
     `deltas`: name -> module with forward(x [..., inputs]) -> [..., outputs], added to the output. The names of weight
     and bias do not change when a delta is set; a delta's own parameters lie under `deltas.{name}.`.
@@ -42,6 +43,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
         self.codec: Codec | None = None
+        self.product: nn.Module | None = None
         self.deltas = nn.ModuleDict()
 
     def matrix(self) -> Tensor:
@@ -50,7 +52,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs] in x's dtype."""
-        y = linear(x, self.weight, self.bias, None if self.codec is None else self.codec.decode)
+        compute = linear if self.product is None else self.product
+        y = compute(x, self.weight, self.bias, None if self.codec is None else self.codec.decode)
         for delta in self.deltas.values():
             y = y + delta(x)
         return y

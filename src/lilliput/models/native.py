@@ -4,6 +4,7 @@ How weights are stored is one word, the same for all matrices; norms, biases and
 
     file   a GGUF's own 4- and 8-bit blocks, bit for bit, times int8 rows (Q4_0, Q4_1, Q8_0); else fp32. What `auto` means.
     fp32 fp16 nf4 fp8      stored so, arithmetic in fp32            w8 q4      rounded, times int8 rows
+    fp8_rows               as fp8, times rows rounded to e4m3 (ops/fp8.py); head and projections as fp8
 
 int8 rows are quantised anew before each product, with one scale a group of the weight (32 or 64 inputs), or a row where the weight
 has one scale an output: one scale for a whole tensor would be set by one outlier. A width that a group does not divide takes the
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from lilliput.models.spec import DecoderSpec
 
-Weights = Literal["file", "fp32", "fp16", "w8", "q4", "nf4", "fp8"]
+Weights = Literal["file", "fp32", "fp16", "w8", "q4", "nf4", "fp8", "fp8_rows"]
 Read = Callable[[str], Tensor]  # canonical name -> fp32 tensor
 Blocks = Callable[[str], "tuple[str, np.ndarray] | None"]  # canonical name -> (GGUF type, rows of its blocks), None when there are none
 READ_AS_STORED = ("Q4_0", "Q4_1", "Q8_0")
@@ -113,7 +114,7 @@ def _lower(
         packed, int8 = _pack([f"{module}.weight" for module in modules], read, blocks, weights)
         biases = [vector(f"{module}.bias") for module in modules]
         bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
-        plan.product(layer, slot, packed, bias, int8)
+        plan.product(layer, slot, packed, bias, int8, float8=layer is not None and weights == "fp8_rows")
         stored[f"{layer}.{slot}"] = packed.bytes
 
     for layer in range(spec.layers):
@@ -127,7 +128,7 @@ def _lower(
             plan.norm(layer, slot, read(f"{at}{slot}.weight"), vector(f"{at}{slot}.bias"), spec.norm_eps)
         if spec.qk_norm:
             plan.head_norms(layer, read(f"{at}attn.q_norm.weight"), read(f"{at}attn.k_norm.weight"), spec.norm_eps)
-    embed, int8 = _pack(["embed.weight"], read, blocks, weights if weights not in ("nf4", "fp8") else "fp16")
+    embed, int8 = _pack(["embed.weight"], read, blocks, weights if weights not in ("nf4", "fp8", "fp8_rows") else "fp16")
     plan.embed(embed)
     stored["embed"] = embed.bytes
     if spec.tied:
@@ -164,6 +165,6 @@ def _pack(names: list[str], read: Read, blocks: Blocks | None, weights: str) -> 
         if group is None:
             raise UserError(f"{names[0]} cannot be stored as {weights}", f"its {whole.shape[1]} inputs are not a multiple of 32", "serve.weights=w8")
         return (codecs.quantize_q4(whole, group), True) if weights == "q4" else (float_codecs.encode(whole, "nf4", group), False)
-    return float_codecs.encode(whole, {"fp32": "f32", "fp16": "f16", "fp8": "e4m3"}[weights]), False
+    return float_codecs.encode(whole, {"fp32": "f32", "fp16": "f16", "fp8": "e4m3", "fp8_rows": "e4m3"}[weights]), False
 
 

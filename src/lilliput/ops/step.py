@@ -70,13 +70,15 @@ class StepPlan:
         self._native.add_layer([REGIONS.index(region) for region in regions], window or 0, sinks)
         self.layers += 1
 
-    def product(self, layer: int | None, slot: str, weight: PackedWeight, bias: Tensor | None, int8: bool, static_G: Tensor | None = None) -> None:
+    def product(self, layer: int | None, slot: str, weight: PackedWeight, bias: Tensor | None, int8: bool, static_G: Tensor | None = None,
+                float8: bool = False) -> None:  # fmt: skip
         """Give a slot of a layer (qkv, out, up, down) or of the top (layer None: project_in, project_out, head) its matrix.
 
-        static_G: scales of its int8 rows from calibration (ops/packed.py); None: each row's own.
+        static_G: scales of its int8 rows from calibration (ops/packed.py); None: each row's own. float8: rows are rounded to e4m3 first,
+        each times a power of two of its own (ops/fp8.py).
         """
         number = (TOP_SLOTS if layer is None else LAYER_SLOTS).index(slot)
-        self._native.product(-1 if layer is None else layer, number, self._weight(weight), self._address(bias), int8, self._address(static_G))
+        self._native.product(-1 if layer is None else layer, number, self._weight(weight), self._address(bias), int8, self._address(static_G), float8)
 
     def norm(self, layer: int | None, slot: str, weight: Tensor, bias: Tensor | None, eps: float) -> None:
         """A norm of a layer (input_norm, mlp_norm) or the final one (layer None): RMS without a bias, else LayerNorm."""

@@ -105,10 +105,10 @@ class Rig:
         return [home for pattern, home in self.homes if fnmatch.fnmatchcase(name, pattern)][-1]
 
     def standing(self) -> int:
-        """Bytes of weights and optimizer state that the device holds from step to step; the model may be on meta."""
+        """Bytes of weights, buffers and optimizer state that the device holds from step to step; the model may be on meta."""
         held = lambda name, p: MOMENTS if p.requires_grad and self.home(name).states == "device" else 0
         stored = lambda name: getattr(torch, STORED[self.home(name).codec][0]).itemsize
-        return sum(p.numel() * (stored(name) + held(name, p)) for name, p in self.model.named_parameters())
+        return sum(p.numel() * (stored(name) + held(name, p)) for name, p in self.model.named_parameters()) + sum(b.nbytes for b in self.model.buffers())
 
     def leaving(self) -> bool:
         """Whether gradients leave the device as soon as they are complete."""

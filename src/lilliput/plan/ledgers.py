@@ -79,7 +79,7 @@ def serving_ledger(facts: Facts, site: Site, batch_tokens: int) -> Ledger:
     if facts.kv is None or facts.activations is None or facts.flops is None:
         missing = next(name for name in ("kv", "activations", "flops") if getattr(facts, name) is None)
         raise UserError(f"the {facts.family} model cannot be planned for serving", f"it states no facts.{missing}", "choose a decoder: model=smollm2-135m")
-    computed = _computed(site)
+    computed = site.computed
     rows = min(batch_tokens, site.sequences * site.tokens)
     block = sum(a.size for a in facts.activations(1, rows, computed) if a.per == "block" and a.saved)
     return Ledger(
@@ -96,16 +96,11 @@ def serving_ledger(facts: Facts, site: Site, batch_tokens: int) -> Ledger:
     )
 
 
-def _computed(site: Site) -> int:
-    """Bytes of a computed number: CPUs compute in fp32 whatever weights are stored in."""
-    return 4 if site.hardware.device.kind == "cpu" else max(2, site.element)
-
-
 def _base(facts: Facts, site: Site, element: int, optimizer: int) -> Ledger:
     if facts.activations is None or facts.flops is None:
         missing = "activations" if facts.activations is None else "flops"
         raise UserError(f"the {facts.family} model cannot be planned", f"it states no facts.{missing}", "choose a decoder: model=smollm2-135m")
-    activations = facts.activations(site.sequences, site.tokens, _computed(site))
+    activations = facts.activations(site.sequences, site.tokens, site.computed)
     terms = {
         "parameters": Term(facts.parameters * element),
         "gradients": Term(facts.parameters * element, moments=("backward", "update")),

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from lilliput.base.job import Serve
     from lilliput.models.spec import DecoderSpec
 
-WEIGHT_BITS = {"fp32": 32.0, "fp16": 16.0, "w8": 8.05, "q4": 4.25, "nf4": 4.25, "fp8": 8.05}  # scales of groups of 64 or of rows
+WEIGHT_BITS = {"fp32": 32.0, "fp16": 16.0, "w8": 8.05, "q4": 4.25, "nf4": 4.25, "fp8": 8.05, "fp8_rows": 8.05}  # scales of groups of 64 or of rows
 KV_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
-HALF_EMBEDDING = ("nf4", "fp8")  # the embedding stays fp16
+HALF_EMBEDDING = ("nf4", "fp8", "fp8_rows")  # the embedding stays fp16
 
 
 @dataclass(frozen=True)
