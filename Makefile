@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-KERNEL_TESTS := $(wildcard $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,adamw attention flash fused native packed paged sampler sparse strip varlen) \
+KERNEL_TESTS := $(wildcard $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,adamw attention flash fused native nf4 packed paged q4 sampler sparse strip varlen) \
 	models/test_native models/test_encoder serve/test_native_runner)))
 NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/kernels/*.cpp)
 

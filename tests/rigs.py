@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ def make_rig(
     tokens: int = 32,
     micro_batches: int = 1,
     device: str = "cpu",
+    blocks: Callable[[str], Any] = lambda name: None,
 ) -> Rig:
     """A rig with fresh weights (seed 0)."""
     spec = spec or PRESETS["tiny"]
@@ -37,7 +38,7 @@ def make_rig(
     site = Site(hardware=detect(), sequences=sequences, tokens=tokens, element=4 if dtype == "fp32" else 2, micro_batches=micro_batches)
     return assemble(
         model, rooms, site=site, device=torch.device(device), seed=0, dtype=dtype, read=None,
-        init=lambda name, shape, seed: init_tensor(name, shape, seed, spec), optimizer=ADAMW, clip=1.0,
+        init=lambda name, shape, seed: init_tensor(name, shape, seed, spec), optimizer=ADAMW, clip=1.0, blocks=blocks,
     )  # fmt: skip
 
 

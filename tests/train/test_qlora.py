@@ -22,7 +22,7 @@ from lilliput.ops.float_codecs import NF4
 from lilliput.ops.nf4 import Nf4
 from lilliput.plan.estimate import estimate_training
 from lilliput.train.lora import Lora, adapted, merge
-from lilliput.train.qlora import Qlora, stored_bytes
+from lilliput.train.qlora import Qlora
 from lilliput.train.remat import Remat
 
 TINY = PRESETS["tiny"]
@@ -57,7 +57,7 @@ def test_bits_of_a_weight_from_real_storage() -> None:
     assert len(linears) == 14 and all(m.weight.dtype == torch.uint8 and m.weight.dim() == 1 for m in linears)
     held, weights = storage_bytes([m.weight for m in linears]), sum(m.outputs * m.inputs for m in linears)
     assert abs(8 * held / weights - 4.127) <= 0.002
-    assert held == sum(stored_bytes(m.outputs * m.inputs) for m in linears)
+    assert held == sum(Qlora().bytes(m.outputs * m.inputs) for m in linears)
     assert 7.7 < 4 * weights / held < 7.8
     assert rig.model.embed.weight.dtype == torch.float32, "only the Linears of the blocks are stored in 4 bits"
 
@@ -91,16 +91,6 @@ def test_error_on_normal_weights() -> None:
     exact = (torch.tensor(NF4)[numbers(stored, codec).long()].view(-1, 64) * weight.view(-1, 64).abs().amax(1, keepdim=True)).view_as(weight)
     assert abs(relative(exact) - 0.0920) <= 0.0005
     assert abs(relative(codec.decode(stored)) - relative(exact)) <= 0.0003
-
-
-@pytest.mark.slow
-def test_numbers_are_those_of_bitsandbytes() -> None:
-    """16M weights; bitsandbytes is no dependency: put it on PYTHONPATH to run this."""
-    functional = pytest.importorskip("bitsandbytes.functional")
-    weight, codec = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(2)), Nf4(4096, 4096)
-    theirs, _ = functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
-    ours = codec.encode(weight)[codec.sections[0] :][: codec.sections[1]]
-    assert torch.equal(ours, theirs.flatten())
 
 
 def test_gradients_are_those_over_the_decoded_base() -> None:
@@ -179,6 +169,63 @@ def test_we_read_what_peft_writes(tmp_path: Path) -> None:
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-4)
 
 
+def q4_blocks(outputs: int, inputs: int, kind: str = "Q4_1", seed: int = 0) -> np.ndarray:
+    """Rows of blocks as gguf's own quantiser writes them."""
+    import gguf
+
+    weight = np.random.default_rng(seed).normal(0, 0.05, (outputs, inputs)).astype(np.float32)
+    return gguf.quants.quantize(weight, getattr(gguf.GGMLQuantizationType, kind))
+
+
+def file_blocks(spec, kind: str = "Q4_1"):
+    return lambda name: (kind, q4_blocks(*spec.shapes()[name], kind, seed=sum(name.encode())))
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_a_files_own_numbers_are_the_base(kind: str) -> None:
+    """Without the second level the base is the file's decoded matrix to the bit; with it numbers are the same and 4.508 bits hold a weight."""
+    import gguf
+
+    blocks = file_blocks(WIDE, kind)
+    exact = make_rig({"qlora": Qlora(storage="file", double=False)}, WIDE, blocks=blocks)
+    small = make_rig({"qlora": Qlora(storage="file")}, WIDE, blocks=blocks)
+    for path, linear in adapted(exact.model):
+        rows = blocks(path + ".weight")[1]
+        other = small.model.get_submodule(path)
+        wanted = torch.from_numpy(gguf.quants.dequantize(rows, getattr(gguf.GGMLQuantizationType, kind)))
+        assert torch.equal(linear.matrix(), wanted)
+        assert torch.equal(linear.weight.split(linear.codec.sections)[2], other.weight.split(other.codec.sections)[2])
+        assert (other.matrix() - wanted).square().mean().sqrt() < 0.012 * wanted.square().mean().sqrt()
+    for rig, bits in ((exact, 5.0), (small, 4.508)):
+        linears = [m for _, m in adapted(rig.model)]
+        held, weights = storage_bytes([m.weight for m in linears]), sum(m.outputs * m.inputs for m in linears)
+        assert abs(8 * held / weights - bits) < 0.002 and held == sum(rig_bytes(m, bits) for m in linears)
+    assert held <= 4 * weights / 7, "1/7 of fp32"
+
+
+def rig_bytes(linear, bits: float) -> int:
+    return Qlora(storage="file", double=bits < 5).bytes(linear.outputs * linear.inputs)
+
+
+def test_a_files_base_learns_and_stays() -> None:
+    rigs = [make_rig({"qlora": Qlora(rank=4, storage="file"), **more}, blocks=file_blocks(TINY)) for more in ({}, {}, {"remat": Remat(every=2)})]
+    for rig in rigs[1:]:
+        for step in range(2):
+            rig.step(random_batch(TINY.vocab, seed=step), 1e-2, step)
+    assert all(torch.equal(p, rigs[2].trainable()[n]) for n, p in rigs[1].trainable().items())
+    for name, parameter in rigs[0].model.named_parameters():
+        changed = not torch.equal(parameter, rigs[1].model.get_parameter(name))
+        assert changed == (".deltas.lora." in name)
+
+
+def test_storage_file_needs_a_files_blocks() -> None:
+    with pytest.raises(UserError, match=r"no file has `layers\.0") as refused:
+        make_rig({"qlora": Qlora(storage="file")})
+    assert refused.value.fix == "qlora.storage=nf4"
+    with pytest.raises(UserError, match="blocks of Q8_0 cannot be kept"):
+        make_rig({"qlora": Qlora(storage="file")}, blocks=file_blocks(TINY, "Q8_0"))
+
+
 def test_refusals() -> None:
     with pytest.raises(UserError, match="qlora") as refused:
         make_rig({"qlora": Qlora(), "lora": Lora()})
@@ -196,7 +243,7 @@ def test_the_plan_counts_its_bytes() -> None:
     plain, small = job("lora.rank=64"), job("qlora.rank=64")
     linears = sum(rows * columns for rows, columns in Qlora().stored(known).values())
     assert plain.ledger.bytes("parameters") - small.ledger.bytes("parameters") == 2 * linears - sum(
-        stored_bytes(rows * columns) for rows, columns in Qlora().stored(known).values()
+        Qlora().bytes(rows * columns) for rows, columns in Qlora().stored(known).values()
     )
     assert small.ledger.bytes("optimizer") == plain.ledger.bytes("optimizer")
     assert small.ledger.bytes("transient.one matrix decoded") == 4 * 4096 * 11008

@@ -16,6 +16,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "fp8": "lilliput.train.fp8:Fp8",
         "lora": "lilliput.train.lora:Lora",
         "offload": "lilliput.train.offload:Offload",
+        "paged": "lilliput.train.paged:Paged",
         "poet": "lilliput.train.poet:Poet",
         "qlora": "lilliput.train.qlora:Qlora",
         "remat": "lilliput.train.remat:Remat",

@@ -181,9 +181,10 @@ class _Loop:
         with torch.device("meta"):
             model = Decoder(spec)
         model.dropout = settings.dropout
+        source = checkpoint if settings.init == "weights" else None
         return assemble(
             model, self.job.rooms, site=self.estimate.site, device=device, seed=top.seed, dtype=top.dtype, clip=settings.clip,
-            read=checkpoint.read if checkpoint is not None and settings.init == "weights" else None,
+            read=source.read if source else None, blocks=source.blocks if source else lambda name: None,
             init=lambda name, shape, seed: init_tensor(name, shape, seed, spec),
             optimizer={"betas": (settings.beta1, settings.beta2), "eps": settings.eps, "weight_decay": settings.weight_decay},
         )  # fmt: skip
@@ -256,7 +257,7 @@ class _Loop:
         return {
             "step": step, "loss": sums.mean, "grad_norm": sums.norm, "lr": rate, "targets": sums.weight,
             "tokens_per_second": per_second, "mfu": self.estimate.step_flops / spent / peak if peak else None,
-            "eta_seconds": average * (self.job.train.steps - step), "peak_bytes": peak_bytes(), "seconds": spent,
+            "eta_seconds": average * (self.job.train.steps - step), "peak_bytes": peak_bytes(), "seconds": spent, **sums.told,
         }  # fmt: skip
 
     def _evaluate(self, step: int) -> float | None:

@@ -3,13 +3,13 @@
 A dispatch mode sees every op, forward and backward. Each new storage is counted once when an op returns it and taken
 off when Python and autograd have let it go, so the figures are exact and do not depend on the allocator, on the page
 cache or on other processes. What it cannot see: memory inside one kernel (workspaces), and storages made before it
-began (pass them in `known`). Costs ~10 us an op: for tests, papers and `plan` checks, not for training.
+began (`known` leaves them out for good, `adopt` counts them). Costs ~10 us an op: train/paged.py is the one that trains under it.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,13 +30,14 @@ class Meter(TorchDispatchMode):
     """`with Meter() as meter: ...` then meter.peak, meter.live (bytes) and meter.calls (op name -> count).
 
     Only storages created inside the block count. `mark()` restarts the peak at what is alive now. `budget` (tier -> bytes)
-    is enforced: DoesNotFit at the first operation whose result does not fit. What is made under `placing` is another tier's.
+    is enforced: DoesNotFit at the first operation whose result does not fit, after `relieve` was asked to free the missing bytes of
+    the device tier. What is made under `placing` is another tier's.
     """
 
-    def __init__(self, known: Iterable[torch.Tensor] = (), budget: Mapping[str, int] | None = None) -> None:
+    def __init__(self, known: Iterable[torch.Tensor] = (), budget: Mapping[str, int] | None = None, relieve: Callable[[int], None] | None = None) -> None:
         super().__init__()
         self.tiers: dict[str, list[int]] = {"device": [0, 0]}  # tier -> [live, peak] bytes
-        self.budget = dict(budget or {})
+        self.budget, self.relieve = dict(budget or {}), relieve
         self._tier = "device"
         self.calls: dict[str, int] = {}
         self._seen: dict[int, Any] = {}
@@ -52,6 +53,11 @@ class Meter(TorchDispatchMode):
     def peak(self) -> int:
         """The most there ever were."""
         return self.tiers["device"][1]
+
+    def adopt(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count tensors that were made before, as if they were made now. DoesNotFit where they do not."""
+        for tensor in tensors:
+            self._count(tensor.untyped_storage())
 
     def mark(self) -> int:
         """Set the device tier's peak to the live bytes and return them."""
@@ -83,6 +89,8 @@ class Meter(TorchDispatchMode):
             return
         tier = self.tiers.setdefault(self._tier, [0, 0])
         limit = self.budget.get(self._tier)
+        if limit is not None and tier[0] + count > limit and self._tier == "device" and self.relieve is not None:
+            self.relieve(tier[0] + count - limit)
         if limit is not None and tier[0] + count > limit:
             raise DoesNotFit(f"an allocation of {size(count)} is refused", f"{size(tier[0])} of the {self._tier} tier's {size(limit)} are in use",
                              f"{tier[0] + count} bytes would be enough here")  # fmt: skip

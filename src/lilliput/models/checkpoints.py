@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from lilliput.models.decoder import Decoder
 
 CARD = "lilliput.json"
-STORED = {"fp32": ("float32", 4), "bf16": ("bfloat16", 2), "nf4": ("uint8", 1)}  # our word -> torch's word, bytes (nf4: bytes of ops/nf4.py)
+STORED = {"fp32": ("float32", 4), "bf16": ("bfloat16", 2), "codes": ("uint8", 1)}  # our word -> torch's word, bytes (codes: ops/nf4.py, ops/q4.py)
 SHARD = 4 << 30  # bytes of one weight file at most
 BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # constants that older files carry along
 LLAMA2C_TOKENIZERS = "tok*.bin"

@@ -2,7 +2,7 @@
 quantised again: 4.127 bits a weight), gradients reach only LoRA matrices on all linear layers, the optimizer is paged.
 
 The run measures bits and error of the format beside other 4-bit ones, compares adapter gradients with those over a base of the same
-values in fp32, and plans the paper's 65B model. The paged optimizer is not built.
+values in fp32, runs an activation spike with the optimizer paged and not, and plans the paper's 65B model.
 
 Dettmers et al. 2023, NeurIPS 2023, arXiv 2305.14314.
 """
@@ -16,6 +16,7 @@ from lilliput.papers.paper import Finding, Paper
 if TYPE_CHECKING:
     from torch import Tensor
 
+SPIKE, STEPS = 1, 3  # the step whose batch is eight times as long
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes of a 4-bit float
 
 
@@ -26,15 +27,20 @@ def run() -> Finding:
     bits = {str(row["what"]): float(row["bits a weight"]) for row in rows if row["bits a weight"] != ""}
     full, small = (float(row["GB"]) for row in rows if row["GB"] != "")
     held, same = _gradients()
+    refused, evicted, equal = _spike()
+    only = [step for step, count in enumerate(evicted) if count] == [SPIKE]
     name = "NF4, double quantisation"
     summary = (
         f"{held:.3f} bits a weight from storage; relative error on normal weights {errors[name]:.4f} ({errors['NF4']:.4f} with fp32 scales "
         f"at {bits['NF4']:.1f} bits, FP4 {errors['FP4 (E2M1)']:.4f}, Int4 {errors['Int4']:.4f}); "
         f"adapter gradients {'bitwise equal' if same else 'NOT equal'} to those over the decoded base; "
+        f"a batch 8 times as long {'is refused' if refused else 'FITS'} plainly and finishes with {max(evicted) / 1000:.0f} kB of moments evicted "
+        f"{'in that step alone' if only else 'NOT only in that step'}, {'bitwise equal' if equal else 'NOT equal'}; "
         f"a 65B model is planned in {small:.0f} GB instead of {full:.0f} GB"
     )
     ordered = errors["NF4"] < errors["FP4 (E2M1)"] < errors["Int4"] and errors[name] - errors["NF4"] <= 0.0003
-    return Finding(summary, tuple(rows), abs(held - 4.127) <= 0.002 and ordered and same and full > 780 and small < 48)
+    paged = refused and only and equal
+    return Finding(summary, tuple(rows), abs(held - 4.127) <= 0.002 and ordered and same and paged and full > 780 and small < 48)
 
 
 def _row(what: str, bits: float | str = "", error: float | str = "", gigabytes: float | str = "") -> dict[str, str | float]:
@@ -43,10 +49,12 @@ def _row(what: str, bits: float | str = "", error: float | str = "", gigabytes: 
 
 def _formats() -> list[dict[str, str | float]]:
     """Each format in blocks of 64, on N(0, 1)."""
+    import gguf
     import torch
 
     from lilliput.ops.float_codecs import NF4
     from lilliput.ops.nf4 import Nf4
+    from lilliput.ops.q4 import Q4
 
     weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
     blocks, codec = weight.view(-1, 64), Nf4(1024, 1024)
@@ -58,7 +66,9 @@ def _formats() -> list[dict[str, str | float]]:
         return levels[torch.bucketize(blocks / top, (levels[1:] + levels[:-1]) / 2)] * top
 
     stored, float4 = codec.encode(weight), torch.tensor(E2M1)
+    file = Q4(1024, 1024).encode("Q4_1", gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q4_1))
     return [
+        _row("GGUF's Q4_1, scales and offsets doubled", round(8 * file.nbytes / weight.numel(), 3), error(Q4(1024, 1024).decode(file))),
         _row("NF4, double quantisation", round(8 * stored.nbytes / weight.numel(), 3), error(codec.decode(stored))),
         _row("NF4", 4.5, error(nearest(torch.tensor(NF4)))),
         _row("FP4 (E2M1)", 4.5, error(nearest(torch.cat([-float4[1:], float4])))),
@@ -103,6 +113,57 @@ def _gradients() -> tuple[float, bool]:
     return bits, all(a is not None and b is not None and bool(a.any()) and torch.equal(a, b) for a, b in pairs)
 
 
+def _spike() -> tuple[bool, list[float], bool]:
+    """(whether the plain optimizer is refused the spike, evicted bytes of each step, whether weights are bitwise those of a run with room)."""
+    import torch
+
+    from lilliput.base import registry
+    from lilliput.base.errors import DoesNotFit
+    from lilliput.base.hardware import declared
+    from lilliput.base.protocols import Site
+    from lilliput.data.batch import MicroBatch
+    from lilliput.memory.meter import Meter
+    from lilliput.models.decoder import Decoder, init_tensor
+    from lilliput.models.sizes import PRESETS
+    from lilliput.parallel.rig import Rig, assemble
+
+    spec = PRESETS["tiny"]
+
+    def rig(**budget: str) -> Rig:
+        with torch.device("meta"):
+            model = Decoder(spec)
+        rooms = {"paged": registry.find("train", "paged")(**budget)} if budget else {}
+        return assemble(
+            model, rooms, site=Site(declared("laptop")), device=torch.device("cpu"), seed=0, dtype="fp32", read=None,
+            init=lambda name, shape, seed: init_tensor(name, shape, seed, spec), optimizer={"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}, clip=1.0,
+        )  # fmt: skip
+
+    def go(one: Rig) -> list[float]:
+        told = []
+        for number in range(STEPS):
+            tokens_BT = torch.arange(2 * (256 if number == SPIKE else 32)).view(2, -1) % spec.vocab
+            told.append(one.step([MicroBatch(tokens_BT, tokens_BT.roll(-1, 1), tokens_BT.numel())], 1e-3, number).told.get("evicted_bytes", 0.0))
+        return told
+
+    def counted(one: Rig, limit: int | None) -> int:
+        assert one.optimizer is not None, "a rig is complete"
+        with Meter(budget={} if limit is None else {"device": limit}) as meter:
+            meter.adopt([*one.model.parameters(), *one.optimizer.state().values()])
+            go(one)
+        return meter.peak
+
+    roomy = rig()
+    assert roomy.optimizer is not None, "a rig is complete"
+    budget = counted(roomy, None) - sum(t.nbytes for t in roomy.optimizer.first.values()) // 2
+    paged, refused = rig(budget=f"{budget}B"), False
+    try:
+        counted(rig(), budget)
+    except DoesNotFit:
+        refused = True
+    evicted = go(paged)
+    return refused, evicted, all(torch.equal(a, b) for a, b in zip(roomy.model.parameters(), paged.model.parameters(), strict=True))
+
+
 def _plans() -> list[dict[str, str | float]]:
     """Peak bytes of one step of the paper's largest model on one sequence of 512 tokens: all weights in 16 bits, and in 4 with remat."""
     from dataclasses import replace
@@ -133,6 +194,6 @@ PAPER = Paper(
         "4.127 bits a weight from storage; relative error on normal weights 0.0920 (0.0920 with fp32 scales at 4.5 bits, FP4 0.1057, Int4 0.1077); "
         "adapter gradients bitwise equal to those over the decoded base; a 65B model is planned in 40 GB instead of 788 GB"
     ),
-    switches=("qlora.rank=16",),
+    switches=("qlora.rank=16", "paged.budget=2GB"),
     run=run,
 )

@@ -32,7 +32,7 @@ MOMENTS = 8  # bytes of optimizer state a trainable parameter
 class Home:
     """Where a parameter lives between uses: how it is stored, and in which tier."""
 
-    codec: str = "fp32"  # fp32 | bf16 | nf4
+    codec: str = "fp32"  # fp32 | bf16 | codes
     tier: str = "device"
     states: str = "device"  # where its optimizer state lies; its gradient leaves for there as soon as it is complete
 
@@ -44,6 +44,7 @@ class Sums:
     loss: float
     weight: int
     norm: float
+    told: Mapping[str, float] = field(default_factory=dict)  # what rooms say of this step
 
     @property
     def mean(self) -> float:
@@ -70,7 +71,9 @@ class Rig:
     optimizer: Any = None  # parallel.optimizer.AdamW, or what `optimizing` makes in its place
     optimizing: Callable[..., Any] = lambda rig, **knobs: AdamW(rig.trainable(), seed=rig.seed, **knobs)  # makes the optimizer
     flush: Callable[[Rig], None] = lambda rig: None  # finishes what a step left for later; before weights are read for good
+    tells: Mapping[str, Callable[[], float]] = field(default_factory=dict)  # name of a metric -> its number of the last step
     plan: Any = None  # the MemoryPlan that the step is carried out under, where a room made one
+    blocks: Callable[[str], tuple[str, Any] | None] = lambda name: None  # (GGUF type, rows of blocks) of a matrix that its file holds quantised
     exports: Mapping[str, Callable[[Rig, Path], None]] = field(default_factory=dict)  # folder name -> writer
     weight: Callable[[Rig, str], torch.Tensor] = lambda rig, name: rig.model.get_parameter(name).detach()  # as files hold it
 
@@ -84,7 +87,7 @@ class Rig:
             raise UserError("a step without a single scored target", "every target of its micro-batches is masked", "check data.format and the chat template")
         loss = self.schedule(self, batch, weight)
         norm = self.update(self, learning_rate)
-        return Sums(float(loss), weight, norm)
+        return Sums(float(loss), weight, norm, {name: tell() for name, tell in self.tells.items()})
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> Sums:
@@ -179,6 +182,7 @@ def outline(
     read: Callable[[str], torch.Tensor] | None,
     init: Callable[[str, tuple[int, ...], int], torch.Tensor],
     clip: float,
+    blocks: Callable[[str], tuple[str, Any] | None] = lambda name: None,
 ) -> Rig:
     """The rig of a model built on meta before anything is loaded: every act up to STORE. Arguments and refusals as `assemble` has them."""
     facts = model.facts
@@ -188,6 +192,7 @@ def outline(
     rig = Rig(
         model=model, facts=facts, site=site, device=device, seed=seed, homes=(("*", Home(dtype)),), init=(whole,),
         objective=next_token, schedule=accumulate, update=clip_and_step, clip=clip, counter=model.counter,
+        blocks=blocks,
     )  # fmt: skip
     for phase, _, act in order(rooms):
         if phase < Phase.STEP:
@@ -199,8 +204,8 @@ def assemble(model: Any, rooms: Mapping[str, Strategy], *, optimizer: Mapping[st
     """Assemble a model built on meta (it states `facts` and carries a dropout `counter`) with its rooms; order: see above.
 
     read(name) gives a parameter from the checkpoint (None: all from `init`); init(name, shape, seed) makes a fresh one. site, device,
-    seed, dtype, clip: as `outline` takes them. optimizer: keywords of parallel.optimizer.AdamW, or of what a room makes in its place.
-    Raises UserError when a room refuses.
+    seed, dtype, clip: as `outline` takes them. blocks(name): the same as a GGUF stores it, (type, rows of blocks), where it is quantised.
+    optimizer: keywords of parallel.optimizer.AdamW, or of what a room makes in its place. Raises UserError when a room refuses.
     """
     rig = outline(model, rooms, **job)
     materialise(rig)

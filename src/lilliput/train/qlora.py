@@ -3,9 +3,10 @@
 Idea: a frozen weight is only read, so it may lie in the fewest bits that reading bears: NF4, the 16 quantiles of a normal
 distribution, a scale for each 64 weights, and the scales quantised again: 4.127 bits a weight. Products stay in fp32 (or
 the dtype of a CUDA run): a matrix is decoded for one product and let go, in the forward pass and again in the backward pass.
-Gain: the Linears of the blocks take 1/7.75 of their fp32 bytes; gradients and moments exist for the adapter only, as in lora.
-Cost: two decodings a matrix and micro-batch (three under remat), and the model starts from the rounded weights, not from
-the file's: small models lose most. Embedding, norms and head stay as they are stored.
+`storage=file`: a GGUF's own 4-bit numbers (Q4_0, Q4_1) instead, 4.51 bits: what was rounded once is not rounded again.
+Gain: the Linears of the blocks take 1/7.75 (file: 1/7.1) of their fp32 bytes; gradients and moments exist for the adapter only.
+Cost: two decodings a matrix and micro-batch (three under remat), and with nf4 the model starts from the rounded weights, not
+from the file's: small models lose most. Embedding, norms and head stay as they are stored.
 The run writes model/ (decoded, the update merged) and adapter/, which peft reads over a base rounded the same way.
 Skip it when the base fits as it is: lora is faster and starts from the exact model.
 
@@ -16,35 +17,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
+from lilliput.base.errors import UserError
 from lilliput.base.facts import Facts
 from lilliput.base.ledger import Ledger, Term
 from lilliput.base.protocols import Phase, Site
 from lilliput.train.lora import Lora
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
+    from lilliput.ops.nf4 import Nf4
+    from lilliput.ops.q4 import Q4
     from lilliput.parallel.rig import Rig
 
-BLOCK, SECOND = 64, 256  # weights that share a scale, and scales that share one
+BLOCKS = {"nf4": 64, "file": 32}  # weights that share a scale
+SECOND = 256  # scales that share one
 
 
 class Qlora(Lora):
     """Fields are the knobs, lora's own; `targets` says which Linears learn, all of those in the blocks are stored in 4 bits."""
+
+    storage: Literal["nf4", "file"] = Field("nf4", description="what the base is kept in: NF4, or the 4-bit numbers of the GGUF that it comes from")
+    double: bool = Field(True, description="quantise the blocks' scales too, to int8")
 
     def acts(self) -> Mapping[Phase, Callable[[Rig], Rig]]:
         """Sets the `codec` slot of every Linear in the blocks, then the `deltas` slot of the chosen ones."""
         return {Phase.SWAP: lambda rig: self.adapt(self.quantise(rig))}
 
     def refuses(self, others: Mapping[str, Any], facts: Facts) -> str | None:
-        """Refuses what lora refuses, lora itself, and matrices that are not made of blocks of 64."""
+        """Refuses what lora refuses, lora itself, and matrices that are not made of whole blocks."""
         if "lora" in others:
             return "it is lora on a base in 4 bits, and has the same keys: set qlora.rank instead of lora.rank"
-        odd = next((path for path, (rows, columns) in self.stored(facts).items() if rows * columns % BLOCK), None)
+        odd = next((path for path, (rows, columns) in self.stored(facts).items() if rows * columns % BLOCKS[self.storage]), None)
         if odd is not None:
-            return f"{odd} has {' x '.join(map(str, facts.shapes[odd + '.weight']))} weights, no multiple of {BLOCK}"
+            return f"{odd} has {' x '.join(map(str, facts.shapes[odd + '.weight']))} weights, no multiple of {BLOCKS[self.storage]}"
         return super().refuses(others, facts)
 
     def cost(self, ledger: Ledger, facts: Facts, site: Site) -> Ledger:
@@ -52,7 +63,7 @@ class Qlora(Lora):
         counts = [rows * columns for rows, columns in self.stored(facts).values()]
         ledger = super().cost(ledger, facts, site)
         parameters = ledger.terms["parameters"]
-        saved = sum(count * site.element - stored_bytes(count) for count in counts)
+        saved = sum(count * site.element - self.bytes(count) for count in counts)
         each = 4 if site.hardware.device.kind == "cpu" or site.element == 4 else 6  # fp32, and beside it what a bf16 product takes
         return ledger.put(
             parameters=replace(parameters, size=parameters.size - saved),
@@ -67,26 +78,45 @@ class Qlora(Lora):
         """Give each Linear its codec and, for its weight, as many bytes; they are made from what the weight's own source gives."""
         import torch
 
-        from lilliput.ops.nf4 import Nf4
+        from lilliput.ops.q4 import Q4
 
-        codecs = {f"{path}.weight": Nf4(*shape) for path, shape in self.stored(rig.facts).items()}
+        codecs = {f"{path}.weight": self.codec(*shape) for path, shape in self.stored(rig.facts).items()}
         for name, codec in codecs.items():
             linear = rig.model.get_submodule(name.removesuffix(".weight"))
             linear.codec = codec
-            linear.weight = torch.nn.Parameter(torch.empty(sum(codec.sections), dtype=torch.uint8, device="meta"), requires_grad=False)
+            linear.weight = torch.nn.Parameter(torch.empty(codec.bytes, dtype=torch.uint8, device="meta"), requires_grad=False)
 
         def encoded(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-            return codecs[name].encode(rig.source(name)(name, rig.facts.shapes[name], seed))
+            codec = codecs[name]
+            if isinstance(codec, Q4):
+                return codec.encode(*self.of_file(rig, name))
+            return codec.encode(rig.source(name)(name, rig.facts.shapes[name], seed))
 
-        home = replace(rig.homes[0][1], codec="nf4")
+        home = replace(rig.homes[0][1], codec="codes")
         return replace(
             rig,
             homes=(*rig.homes, *((f"{pattern}.weight", home) for pattern in rig.facts.linears)),
             init=(*rig.init, *((f"{pattern}.weight", encoded) for pattern in rig.facts.linears)),
         )
 
+    def codec(self, outputs: int, inputs: int) -> Nf4 | Q4:
+        """How one matrix is stored."""
+        from lilliput.ops.nf4 import Nf4
+        from lilliput.ops.q4 import Q4
 
-def stored_bytes(weights: int) -> int:
-    """Bytes of a matrix of so many weights: 4 bits each, a byte a block, an fp32 scale each 256 blocks, and their mean."""
-    blocks = weights // BLOCK
-    return weights // 2 + blocks + 4 * (-(-blocks // SECOND) + 1)
+        return Nf4(outputs, inputs, self.double) if self.storage == "nf4" else Q4(outputs, inputs, self.double)
+
+    def of_file(self, rig: Rig, name: str) -> tuple[str, np.ndarray]:
+        """(GGUF type, rows of blocks) of a matrix. UserError where the model comes from no file of such blocks."""
+        found = rig.blocks(name)
+        if found is None:
+            raise UserError(f"qlora.storage=file: no file has `{name}` in 4 bits", "it keeps the 4-bit blocks of a GGUF (Q4_0, Q4_1)", "qlora.storage=nf4")
+        return found
+
+    def bytes(self, weights: int) -> int:
+        """Of a matrix of so many weights: 4 bits each; a block's scale in int8 (or fp32), an fp32 step each 256 of them and their mean; in
+        storage=file the same twice, for scales and offsets (or both in fp16)."""
+        blocks = weights // BLOCKS[self.storage]
+        if not self.double:
+            return weights // 2 + 4 * blocks
+        return weights // 2 + (1 if self.storage == "nf4" else 2) * (blocks + 4 * (-(-blocks // SECOND) + 1))
