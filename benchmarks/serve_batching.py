@@ -29,13 +29,12 @@ LIMITS = (25, 50, 100, 200, 400, 800)
 def static_server(words: list[str]) -> None:
     """`lilliput serve` with static batching."""
     from lilliput.base.job import Job
-    from lilliput.cli.serve import served
+    from lilliput.cli.serve import open_house
     from lilliput.serve import http
 
-    made, _ = served(Job.load(None, [f"model={words[0]}", *words[1:]]))
-    assert made.engine is not None, "a decoder has an engine"
-    made.engine.engine.scheduler.batching = "static"
-    http.serve(made, (), None, lambda port: Show(json=True).data({"url": f"http://127.0.0.1:{port}"}))
+    house, _ = open_house([Job.load(None, [f"model={words[0]}", *words[1:]])])
+    house.first.generator.engine.scheduler.batching = "static"
+    http.serve(http.application(house), house.first.options, house.stop, lambda port: Show(json=True).data({"url": f"http://127.0.0.1:{port}"}))
 
 
 def measure(target: Target, trace: Path, count: int, speed: float, longest: int) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "bind.h"
@@ -33,9 +34,12 @@ struct Hook {
 };
 
 void forward(Plan& plan, Address tokens, Address x, Address positions, int rows, int sequences, Address cu_q, Address lengths, Address tables,
-             int table_stride, int first, int last, Address mass, int mass_stride, nb::object reduce) {
+             int table_stride, int first, int last, Address mass, int mass_stride, nb::object reduce,
+             const std::vector<std::tuple<int, int, const Adapter*>>& adapted) {
   const PagedBatch paged{sequences, at<int32_t>(cu_q), at<int32_t>(lengths), at<int32_t>(tables), table_stride};
-  const Batch batch{rows, at<int32_t>(positions), paged, at<float>(mass), mass_stride};
+  std::vector<Adapted> segments;
+  for (const auto& [row0, row1, adapter] : adapted) segments.push_back({row0, row1, adapter});
+  const Batch batch{rows, at<int32_t>(positions), paged, at<float>(mass), mass_stride, segments.data(), int(segments.size())};
   Hook hook{reduce, nb::object()};
   {
     nb::gil_scoped_release released;
@@ -53,6 +57,14 @@ void bind_step(nb::module_& m) {
   m.def("round8", [](Address x, Address y, int rows, int width) {
     for (long r = 0; r < rows; r++) step().round8(at<float>(x) + r * width, at<float>(y) + r * width, width);
   });
+  nb::class_<Adapter>(m, "Adapter")
+      .def("__init__", [](Adapter* a, int layers) { new (a) Adapter(); a->layers.resize(size_t(layers)); })
+      .def("put", [](Adapter& a, int layer, int slot, const Weight& w, const std::vector<std::tuple<Weight, int, int>>& parts) {
+        Delta& delta = a.layers.at(size_t(layer)).at(size_t(slot));
+        delta.a = w;
+        delta.parts.clear();
+        for (const auto& [b, from, to] : parts) delta.parts.push_back({b, from, to});
+      });
   nb::class_<Plan>(m, "Plan")
       .def("__init__", [](Plan* p, int dim, int heads, int kv_heads, int head_dim, int ffn, int vocab, int wide, int act, float scale) {
         new (p) Plan();
@@ -83,7 +95,7 @@ void bind_step(nb::module_& m) {
       .def("cache", [](Plan& p, int layer, const KvCache& cache) { p.layers.at(size_t(layer)).cache = cache; })
       .def("forward", &forward, nb::arg("tokens"), nb::arg("x"), nb::arg("positions"), nb::arg("rows"), nb::arg("sequences"), nb::arg("cu_q"),
            nb::arg("lengths"), nb::arg("tables"), nb::arg("table_stride"), nb::arg("first"), nb::arg("last"), nb::arg("mass"), nb::arg("mass_stride"),
-           nb::arg("reduce").none())
+           nb::arg("reduce").none(), nb::arg("adapted"))
       .def("logits", [](Plan& p, Address x, Address sampled, int count, Address out) { p.logits(at<float>(x), at<int32_t>(sampled), count, at<float>(out)); },
            Released());
 }

@@ -50,6 +50,7 @@ void qkv(Step& s, const Layer& layer) {
   const float* x = pre ? normed(s, layer.input_norm) : s.x;
   float* y = room(p.scratch.qkv, s.batch.rows * qkv_width(p));
   p.product(layer.qkv, x, p.dim, s.batch.rows, y, qkv_width(p), false);
+  p.update(s.batch, layer, QKV_SLOT, x, p.dim, y, qkv_width(p));
 }
 
 void rotate(Step& s, const Layer& layer) {
@@ -93,6 +94,7 @@ void attend(Step& s, const Layer& layer) {
 void out(Step& s, const Layer& layer) {
   const long q = long(s.plan.heads) * s.plan.head_dim;
   s.plan.residual(layer.out, s.plan.scratch.attended.data(), q, s.batch.rows, s.x, s.reduce, s.context);
+  s.plan.update(s.batch, layer, OUT_SLOT, s.plan.scratch.attended.data(), q, s.x, s.plan.dim);
 }
 
 void up(Step& s, const Layer& layer) {
@@ -102,6 +104,7 @@ void up(Step& s, const Layer& layer) {
   const long width = layer.up.weight.outputs;
   float* y = room(p.scratch.up, s.batch.rows * width);
   p.product(layer.up, x, p.dim, s.batch.rows, y, width, false);
+  p.update(s.batch, layer, UP_SLOT, x, p.dim, y, width);
 }
 
 void down(Step& s, const Layer& layer) {
@@ -111,6 +114,7 @@ void down(Step& s, const Layer& layer) {
   float* y = room(p.scratch.acted, long(s.batch.rows) * p.ffn);
   each_row(s.batch.rows, width, [&](int r) { step().act(p.act, up + r * width, y + long(r) * p.ffn, p.ffn); });
   p.residual(layer.down, y, p.ffn, s.batch.rows, s.x, s.reduce, s.context);
+  p.update(s.batch, layer, DOWN_SLOT, y, p.ffn, s.x, p.dim);
 }
 
 void norm_in_place(Step& s, const Norm& norm) {
@@ -132,6 +136,49 @@ void Plan::residual(const Product& p, const float* x, long x_stride, int rows, f
   product(p, x, x_stride, rows, partial, dim, false);
   reduce(context, partial, long(rows) * dim);
   each_row(rows, dim, [&](int r) { step().add(partial + long(r) * dim, to + long(r) * dim, dim); });
+}
+
+// The updates of all adapted rows of one product (SGMV: segments of rows, each with its own small matrices), in two regions whatever their
+// number: x A^T of all, then B. Each row's sums are those of the row alone, as everywhere (linear.h).
+void Plan::update(const Batch& batch, const Layer& layer, Slot slot, const float* x, long x_stride, float* y, long y_stride) {
+  if (batch.adapted_count == 0) return;
+  constexpr int ROWS = 32, PANELS = 16;  // of one task
+  struct Task { const Weight* weight; const float* x; float* y; long x_stride, y_stride; int rows, panel0, panel1; bool add; };
+  std::vector<Task> first, second;
+  const size_t at = size_t(&layer - layers.data());
+  long size = 0, work[2] = {0, 0};
+  const auto each = [&](auto&& f) {
+    for (int i = 0; i < batch.adapted_count; i++) {
+      const Adapted& part = batch.adapted[i];
+      const Delta& delta = part.adapter->layers[at][size_t(slot)];
+      if (delta.a.data) for (int r = part.row0; r < part.row1; r += ROWS) f(delta, r, std::min(ROWS, part.row1 - r));
+    }
+  };
+  each([&](const Delta& delta, int, int rows) { size += long(rows) * delta.a.outputs; });
+  if (size == 0) return;
+  float* low = room(scratch.low, size);
+  each([&](const Delta& delta, int row, int rows) {
+    const long rank = delta.a.outputs;
+    first.push_back({&delta.a, x + row * x_stride, low, x_stride, rank, rows, 0, delta.a.panels(), false});
+    work[0] += rows * rank * delta.a.inputs;
+    for (const Delta::Part& part : delta.parts) {
+      work[1] += long(rows) * part.b.outputs * part.b.inputs;
+      for (int p = 0; p < part.b.panels(); p += PANELS)
+        second.push_back({&part.b, low + part.from, y + row * y_stride + part.to, rank, y_stride, rows, p, std::min(p + PANELS, part.b.panels()), true});
+    }
+    low += rows * rank;
+  });
+  const auto tile = linear_float().tile;
+  const std::vector<Task>* phases[] = {&first, &second};
+  for (int phase = 0; phase < 2; phase++) {
+    const auto run = [&](int i, int) {
+      const Task& t = (*phases[phase])[size_t(i)];
+      tile(*t.weight, t.x, t.x_stride, 0, t.rows, t.panel0, t.panel1, nullptr, t.y, t.y_stride, t.add);
+    };
+    const int count = int(phases[phase]->size());
+    if (work[phase] < 4 * SMALL) for (int i = 0; i < count; i++) run(i, 0);
+    else parallel(count, [&](int i, int worker) { run(i, worker); });
+  }
 }
 
 void Plan::product(const Product& p, const float* x, long x_stride, int rows, float* y, long y_stride, bool add) {

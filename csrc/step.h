@@ -9,6 +9,7 @@
 // Memory: scratch for the largest number of rows seen, kept. A plan runs one step at a time.
 // Aminabadi et al. 2022 (DeepSpeed-Inference), arXiv 2207.00032, section III.
 #pragma once
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -20,6 +21,7 @@ namespace lilliput {
 
 enum NormKind : int { NO_NORM = 0, RMS_NORM = 1, LAYER_NORM = 2 };
 enum Act : int { SWIGLU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
+enum Slot : int { QKV_SLOT = 0, OUT_SLOT = 1, UP_SLOT = 2, DOWN_SLOT = 3 };  // of a layer's products
 enum Region : int { QKV = 0, ROTATE = 1, ATTEND = 2, OUT = 3, UP = 4, DOWN = 5, NORM_1 = 6, NORM_2 = 7 };
 
 struct Norm {
@@ -49,6 +51,26 @@ struct Layer {
   KvCache cache{};
 };
 
+// A low-rank update of one product (LoRA): y += (x A^T) B^T. `a` holds the A of all parts of a stacked product (q, k, v; gate, up) one
+// below the other; each part's B reads its columns of x A^T and writes its own outputs. All fp32, the scale is in B.
+struct Delta {
+  struct Part {
+    Weight b;
+    int from, to;  // first column of x A^T, first output
+  };
+  Weight a{};
+  std::vector<Part> parts;
+};
+
+struct Adapter {
+  std::vector<std::array<Delta, 4>> layers;  // by Slot
+};
+
+struct Adapted {  // rows [row0, row1) of a batch
+  int row0, row1;
+  const Adapter* adapter;
+};
+
 // What a tensor-parallel runner does with a partial sum [rows][dim] before it is added to the residual; may be null.
 using Reduce = void (*)(void* context, float* partial, long count);
 
@@ -58,6 +80,8 @@ struct Batch {
   PagedBatch paged;
   float* mass = nullptr;     // null, or [layers][sequences][kv_heads][mass_stride]: attention probabilities of the keys are added (paged.h)
   int mass_stride = 0;
+  const Adapted* adapted = nullptr;  // rows that get updates; every other row is the model's own
+  int adapted_count = 0;
 };
 
 struct KernelsOfStep {
@@ -91,13 +115,14 @@ struct Plan {
 
   // Scratch of the step that runs; a region reads and writes these.
   struct Scratch {
-    std::vector<float> normed, wide, hidden, qkv, attended, up, acted, partial, rounded;
+    std::vector<float> normed, wide, hidden, qkv, attended, up, acted, partial, rounded, low;
     std::vector<int8_t> q;
     std::vector<float> scales;
     std::vector<int32_t> sums;
   } scratch;
 
   void product(const Product& p, const float* x, long x_stride, int rows, float* y, long y_stride, bool add);
+  void update(const Batch& batch, const Layer& layer, Slot slot, const float* x, long x_stride, float* y, long y_stride);
   void residual(const Product& p, const float* x, long x_stride, int rows, float* residual, Reduce reduce, void* context);
 };
 

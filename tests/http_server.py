@@ -26,12 +26,17 @@ def longer(folder: Path, context: int = 2048) -> Path:
 class Running:
     """A server that runs: its address, what it serves, and how to stop it."""
 
-    def __init__(self, overrides: list[str], keys: tuple[str, ...] = (KEY,), page: Path | None = None) -> None:
+    def __init__(self, overrides: list[str], keys: tuple[str, ...] = (KEY,), page: Path | None = None, models: int = 1) -> None:
         from lilliput.cli.serve import served
         from lilliput.serve import http
+        from lilliput.serve.metrics import Board
+        from lilliput.serve.openai.house import House
 
-        self.served, _ = served(Job.load(None, ["http.port=0", "http.name=tiny", *overrides]))
-        self.server = http.Server(http.application(self.served, keys, page), self.served, self._ready)
+        board = Board()
+        names = ["tiny", *(f"tiny-{at}" for at in range(2, models + 1))]
+        self.house = House([served(Job.load(None, ["http.port=0", f"http.name={name}", *overrides]), board)[0] for name in names], board)
+        self.served = self.house.first
+        self.server = http.Server(http.application(self.house, keys, page), self.served.options, self.house.stop, self._ready)
         self.port, self._up = 0, threading.Event()
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()

@@ -60,12 +60,18 @@ class LanguageModel:
     @cached_property
     def engine(self) -> Engine:
         """The serving engine, made at the first question (this allocates the cache)."""
+        from lilliput.serve.adapters import Library
         from lilliput.serve.engine import Engine
 
         serve = self.serve
-        return Engine(self.module, self.tokenizer, kv=serve.kv, kv_tokens=serve.kv_tokens or None, max_batch_tokens=serve.max_batch_tokens,
-                      sharing=serve.sharing, scheduling=serve.scheduling, preemption=serve.preemption, swap_tokens=serve.swap_tokens,
-                      policy=serve.policy, draft=_drafter(serve), guesses=serve.guesses)  # fmt: skip
+        engine = Engine(self.module, self.tokenizer, kv=serve.kv, kv_tokens=serve.kv_tokens or None, max_batch_tokens=serve.max_batch_tokens,
+                        sharing=serve.sharing, scheduling=serve.scheduling, preemption=serve.preemption, swap_tokens=serve.swap_tokens,
+                        swap_file_tokens=serve.swap_file_tokens, swap_folder=serve.swap_folder,
+                        policy=serve.policy, draft=_drafter(serve), guesses=serve.guesses, max_adapters=serve.max_adapters)  # fmt: skip
+        if serve.adapters:
+            for name, folder in Library(serve.adapters).found().items():
+                engine.load(engine.adapters.read(name, folder))
+        return engine
 
     def generate(self, prompt: str, **sampling: Any) -> str:
         """The text that follows the prompt, without a chat template."""

@@ -92,6 +92,19 @@ def test_show_config_says_where_values_come_from() -> None:
     assert code == 0 and settings["http.port"] == {"value": 9999, "source": "flag"} and settings["http.host"]["value"] == "127.0.0.1"
 
 
+def test_several_models_are_planned_together() -> None:
+    code, text = invoke("lilliput-tiny", "smollm2-135m", "--dry-run", "--json", "serve.kv_tokens=640")
+    plan = json.loads(text[: text.rindex("}") + 1])
+    assert code == 0 and [one["model"] for one in plan["models"]] == ["lilliput-tiny", "smollm2-135m"]
+    assert plan["total"] == sum(one["total"] for one in plan["models"]) and all(one["kv_tokens"] == 640 for one in plan["models"])
+    for words, said in (
+        (("lilliput-tiny", "lilliput-tiny"), "named twice"), (("lilliput-tiny", "smollm2-135m", "http.name=x"), "http.name"),
+        (("lilliput-tiny", "smollm2-135m", "--adapters", "/tmp"), "belongs to one model"),
+    ):  # fmt: skip
+        code, text = invoke(*words, "--dry-run")
+        assert code == 2 and said in text, text
+
+
 def test_refusals_come_before_the_weights() -> None:
     code, text = invoke("lilliput-tiny", "http.host=0.0.0.0")
     assert code == 2 and "no key is set" in text and "LILLIPUT_API_KEY" in text

@@ -152,7 +152,7 @@ def test_random_arrivals_streams_and_cancels_leave_no_block(seed: int) -> None:
         note(engine.step())
     assert reasons.keys() == added.keys() and all(len(r) == 1 for r in reasons.values())
     assert {r for (r,) in reasons.values()} >= {"length", "cancelled"}
-    assert engine.pool.free_count == engine.pool.total and not engine._inboxes and not engine._requests
+    assert engine.pool.free_count == engine.pool.total and not engine._callers.inboxes and not engine._requests
 
 
 def test_streams_interleave_and_closing_one_stops_it() -> None:
@@ -238,7 +238,7 @@ def test_a_batch_with_a_bad_prompt_leaves_nothing_behind() -> None:
     engine = engine_of(model_of("llama"))
     with pytest.raises(UserError):
         engine.generate([[1, 2], []], GREEDY)
-    assert not engine.busy and engine.pool.free_count == engine.pool.total and not engine._inboxes
+    assert not engine.busy and engine.pool.free_count == engine.pool.total and not engine._callers.inboxes
 
 
 def test_broken_weights_are_named() -> None:

@@ -29,6 +29,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="module")
+def guessing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running(tmp_path_factory.mktemp("guessing"), "serve.draft=ngram") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def client(server: Running):
     return server.client()
 
@@ -313,34 +319,72 @@ def test_a_body_without_a_length_is_counted_too(server: Running) -> None:
     assert connection.getresponse().status == 413
 
 
-def test_metrics_equal_what_the_clients_counted(server: Running, client) -> None:
-    def figures() -> dict[str, float]:
-        request = urllib.request.Request(server.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"})
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
-        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+def figures(server: Running) -> dict[str, float]:
+    request = urllib.request.Request(server.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
+
+def test_metrics_equal_what_the_clients_counted(server: Running, client) -> None:
     label = '{engine="0",model_name="tiny"}'
-    before = figures()
+    before = figures(server)
     used = [ask(client, n=n, temperature=1, max_tokens=6, extra_body={"ignore_eos": True}).usage for n in (1, 2)]
     for _ in client.completions.create(model="tiny", prompt="To be", max_tokens=5, stream=True, extra_body={"ignore_eos": True}):
         pass
-    after = figures()
+    after = figures(server)
     prompts = sum(usage.prompt_tokens for usage in used) + len(server.served.tokenizer.encode("To be", special=True))
     grown = {name: after[name] - before.get(name, 0) for name in after}
     assert grown[f"vllm:prompt_tokens_total{label}"] == prompts
     assert grown[f"vllm:generation_tokens_total{label}"] == 6 + 12 + 5
     assert grown[f"vllm:time_to_first_token_seconds_count{label}"] == grown[f"vllm:e2e_request_latency_seconds_count{label}"] == 3
     assert grown['vllm:request_success_total{engine="0",finished_reason="length",model_name="tiny"}'] == 4
+    parts = {part: grown[f"vllm:request_{part}_time_seconds_sum{label}"] for part in ("queue", "prefill", "decode", "inference")}
+    assert all(grown[f"vllm:request_{part}_time_seconds_count{label}"] == 3 for part in parts)
+    assert parts["inference"] == pytest.approx(parts["prefill"] + parts["decode"]), "queue, prefill and decode follow each other"
+    assert parts["queue"] + parts["prefill"] == pytest.approx(grown[f"vllm:time_to_first_token_seconds_sum{label}"])
+    assert parts["queue"] + parts["inference"] <= grown[f"vllm:e2e_request_latency_seconds_sum{label}"]
+    assert grown[f"vllm:request_max_num_generation_tokens_sum{label}"] == 6 + 6 + 5
+    steps = [grown[f"{name}{label}"] for name in ("vllm:iteration_tokens_total_count", "lilliput:engine_steps_total")]
+    assert steps[0] == steps[1] > 0 and grown[f"vllm:iteration_tokens_total_sum{label}"] >= 6 + 12 + 5
+    assert 'vllm:lora_requests_info{max_lora="16",model_name="tiny",running_lora_adapters="",waiting_lora_adapters=""}' in after
     assert after[f"vllm:num_requests_running{label}"] == 0 and after[f"vllm:kv_cache_usage_perc{label}"] <= 1
 
 
-def test_the_dashboard_asks_for_metrics_that_exist(server: Running, client) -> None:
-    ask(client, max_tokens=3)
-    raw(server, "/nothing")
-    request = urllib.request.Request(server.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        names = {line.partition("{")[0] for line in answer.read().decode().splitlines() if not line.startswith("#")}
+def test_accepted_guesses_are_counted_by_their_place(guessing: Running) -> None:
+    guessing.client().completions.create(model="tiny", prompt="a b c d " * 20, max_tokens=60, temperature=0, extra_body={"ignore_eos": True})
+    label, found = 'engine="0",model_name="tiny"', figures(guessing)
+    places = [found[name] for at in range(8) if (name := f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{{label},position="{at}"}}') in found]
+    assert sum(places) == found[f"vllm:spec_decode_num_accepted_tokens_total{{{label}}}"] > 0
+    assert places == sorted(places, reverse=True) and places[0] <= found[f"vllm:spec_decode_num_drafts_total{{{label}}}"]
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(guessing: Running) -> None:
+    guessing.client().completions.create(model="tiny", prompt="a b c d " * 20, max_tokens=60, temperature=0, extra_body={"ignore_eos": True})
+    raw(guessing, "/nothing")
+    names = {name.partition("{")[0] for name in figures(guessing)}
     dashboard = json.loads((Path(__file__).parents[2] / "docs" / "grafana.json").read_text())
     asked = {name for panel in dashboard["panels"] for target in panel["targets"] for name in re.findall(r"(?:vllm|lilliput):\w+", target["expr"])}
-    assert len(asked) >= 15 and asked <= names, asked - names
+    assert len(asked) >= 24 and asked <= names, asked - names
+
+
+def test_several_models_each_behind_its_name(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with running(tmp_path_factory.mktemp("pair"), models=2) as pair:
+        client = pair.client()
+        assert [model.id for model in client.models.list()] == ["tiny", "tiny-2"] and client.models.retrieve("tiny-2").id == "tiny-2"
+        for name in ("tiny", "tiny-2"):
+            assert ask(client, model=name, max_tokens=5).model == name
+        status, answer = raw(pair, "/v1/completions", {"prompt": "a", "max_tokens": 3})
+        assert status == 200 and answer["model"] == "tiny", "who names no model gets the first"
+        with pytest.raises(openai.NotFoundError, match="`tiny`, `tiny-2`"):
+            ask(client, model="other")
+        found = figures(pair)
+        tokens = {name: found[f'vllm:generation_tokens_total{{engine="0",model_name="{name}"}}'] for name in ("tiny", "tiny-2")}
+        steps = [found[f'lilliput:engine_steps_total{{engine="0",model_name="{name}"}}'] for name in tokens]
+        assert tokens == {"tiny": 8, "tiny-2": 5} and all(steps)
+        request = urllib.request.Request(pair.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"})
+        with urllib.request.urlopen(request, timeout=30) as page:
+            kinds = [line.split()[2] for line in page.read().decode().splitlines() if line.startswith("# TYPE")]
+        assert len(kinds) == len(set(kinds)), "a family is written once"
+        stats = raw(pair, "/stats")[1]["models"]
+        assert [one["model"] for one in stats] == ["tiny", "tiny-2"] and all(one["generated"] for one in stats)

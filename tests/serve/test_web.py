@@ -29,6 +29,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
 
 
 @pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    with running(tmp_path_factory.mktemp("pair"), page=WEB, models=2) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def browser() -> Iterator:
     with sync_api.sync_playwright() as play:
         options = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses its sandbox to root
@@ -39,6 +45,15 @@ def browser() -> Iterator:
 
 @pytest.fixture
 def page(browser, server) -> Iterator:
+    yield from opened(browser, server)
+
+
+@pytest.fixture
+def page_of_two(browser, pair) -> Iterator:
+    yield from opened(browser, pair)
+
+
+def opened(browser, server) -> Iterator:
     context = browser.new_context(viewport={"width": 1200, "height": 760})
     page = context.new_page()
     page.faults = []
@@ -98,6 +113,44 @@ def test_a_refusal_is_shown(page, server) -> None:
     page.keyboard.press("Enter")
     page.wait_for_selector(".note.error")
     assert "longer than the model's context" in page.text_content(".note.error")
+
+
+def test_two_models_side_by_side(page_of_two, pair) -> None:
+    """A question goes to both, each answers under its own name and remembers its own answer; one can be put away."""
+    page = page_of_two
+    unlock(page)
+    expect(page.locator("#name-a")).to_have_text("tiny")
+    expect(page.locator("#name-b")).to_have_text("tiny-2")
+    assert page.text_content("#model") == "tiny, tiny-2" and page.locator(".column:visible").count() == 2
+    page.fill("#max_tokens", "12")
+    asked = []
+    page.on("request", lambda request: asked.append(request.post_data_json) if request.method == "POST" else None)
+    for text in ("Hello", "And then?"):
+        page.fill("#text", text)
+        page.focus("#text")
+        page.keyboard.press("Enter")
+        expect(page.locator("#send")).to_be_visible()
+    for log in ("#log", "#log-b"):
+        assert page.locator(f"{log} .turn.user").all_text_contents() == ["Hello", "And then?"]
+        assert page.locator(f"{log} .turn.assistant .note").count() == 2 and page.locator(f"{log} .error").count() == 0
+    assert [one["model"] for one in asked] == ["tiny", "tiny-2"] * 2
+    assert [len(one["messages"]) for one in asked] == [1, 1, 3, 3]
+    for model, one in zip(pair.house.models, asked[2:]):
+        assert model.engine.stats().generated > 0, "each engine has written its own answers"
+        assert one["messages"][1]["role"] == "assistant"
+    page.select_option("#model-b", "")
+    assert page.locator(".column:visible").count() == 1 and not page.is_visible("#name-a")
+    page.select_option("#model-a", "tiny-2")
+    page.fill("#text", "Hello")
+    page.focus("#text")
+    page.keyboard.press("Enter")
+    expect(page.locator("#log .turn.assistant .note")).to_have_count(1)
+    assert asked[-1]["model"] == "tiny-2" and len(asked) == 5
+
+
+def test_one_model_alone_shows_no_choice(page, server) -> None:
+    unlock(page)
+    assert not page.is_visible("#models") and page.locator(".column:visible").count() == 1 and not page.is_visible("#name-a")
 
 
 MARKDOWN = """# Title

@@ -75,6 +75,11 @@ def visible_gpus() -> tuple[str, ...] | None:
     return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def default(name: str, value: str) -> None:
+    """Set a variable for libraries and processes that start later, unless the user has set it."""
+    os.environ.setdefault(name, value)
+
+
 def child(**extra: str) -> dict[str, str]:
     """The environment of a child process: this one's, with some variables set."""
     return {**os.environ, **extra}

@@ -102,9 +102,13 @@ class Serve(Section):
     scheduling: Literal["fcfs", "priority"] = Field("fcfs", description="which request runs first: in order of arrival, or by its priority")
     preemption: Literal["auto", "swap", "recompute"] = Field("auto", description="what a request that loses its cache does; auto = what is measured cheaper")
     swap_tokens: int = Field(0, ge=0, description="tokens of swap space beside the cache; 0 = none, so preempted requests are computed again")
+    swap_file_tokens: int = Field(0, ge=0, description="tokens of swap space in a file, used when that in memory is full")
+    swap_folder: str = Field("", description="folder of that file, best on a fast disk; empty = the system's for temporary files")
     policy: str = Field("full", description="which tokens stay in the cache: full, sliding:W, sinks:S+W or heavy_hitter:H+R")
     draft: str = Field("", description="who guesses tokens ahead: ngram, layers:N, or a model of the same vocabulary; empty = nobody")
     guesses: int = Field(8, ge=1, le=32, description="tokens guessed a step and answer at most; how many is chosen by what was accepted")
+    adapters: str = Field("", description="folder that LoRA adapters are loaded from; those in it are loaded at the start; empty = none")
+    max_adapters: int = Field(16, ge=1, description="adapters that may be loaded at once")
 
 
 class Http(Section):
@@ -124,7 +128,20 @@ class Http(Section):
     traces: str = Field("", description="where OpenTelemetry spans go (OTLP over HTTP, http://127.0.0.1:4318/v1/traces); empty = nowhere")
 
 
-CORE: dict[str, type[Section]] = {"job": Top, "data": Data, "train": Train, "eval": Eval, "generate": Generate, "serve": Serve, "http": Http}
+class Replicas(Section):
+    """`lilliput serve --replicas N`: the server several times through Ray Serve (extra `ray`), behind one address."""
+
+    count: int = Field(1, ge=1, description="servers; 1 = this process alone, without Ray")
+    most: int = Field(0, ge=0, description="servers at most, as many as the load asks for; 0 = always `count`")
+    target: float = Field(8.0, gt=0, description="requests in flight for each server that autoscaling aims at")
+    idle: float = Field(120.0, ge=0, description="seconds of less load before a server is taken away")
+    slack: int = Field(4, ge=0, description="requests in flight that a server may have above the idlest and still get those whose beginning it has read")
+    cpus: float = Field(1.0, ge=0, description="cores that Ray sets aside for a server; 0 = none")
+    address: str = Field("", description="a running Ray cluster, `auto` or HOST:PORT; empty = Ray is started on this machine, for it alone")
+
+
+CORE: dict[str, type[Section]] = {"job": Top, "data": Data, "train": Train, "eval": Eval, "generate": Generate, "serve": Serve, "http": Http,
+                                  "replicas": Replicas}  # fmt: skip
 
 
 def sections() -> dict[str, type[Section]]:
@@ -144,6 +161,7 @@ class Job:
         self.generate: Generate = settings.section("generate")
         self.serve: Serve = settings.section("serve")
         self.http: Http = settings.section("http")
+        self.replicas: Replicas = settings.section("replicas")
         self.rooms: dict[str, Any] = {name: settings.section(name) for name in registry.names("train") if settings.present(name)}
 
     @staticmethod

@@ -142,3 +142,7 @@ class Runner(Protocol):
     def move(self, moves: Any) -> None:
         """Copy the blocks that serve.scheduler.Moves names, before the next forward."""
         ...
+
+    def lower(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
+        """A LoRA adapter (canonical path of a Linear -> A [rank, in], B [out, rank], the scale in B) as `forward` takes it in a chunk's `adapter`."""
+        ...

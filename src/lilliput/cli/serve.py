@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,18 +16,24 @@ from lilliput.cli import chat, common
 if TYPE_CHECKING:
     from lilliput.base.job import Job
     from lilliput.base.show import Show
+    from lilliput.serve.metrics import Board
+    from lilliput.serve.openai.house import House
     from lilliput.serve.openai.served import Served
+
+FEWER = "serve.kv_tokens=N is of each model"
 
 
 @common.verb
 def serve(
-    words: Annotated[list[str] | None, typer.Argument(metavar="MODEL | KEY=VALUE", hidden=True)] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="MODEL ... | KEY=VALUE", hidden=True)] = None,
+    adapters: Annotated[str, typer.Option(metavar="FOLDER", help="LoRA adapters to serve; the same as serve.adapters=...", show_default=False)] = "",
+    replicas: Annotated[int, typer.Option("--replicas", help="So many servers through Ray Serve; the same as replicas.count=N.", show_default=False)] = 0,
     no_page: Annotated[bool, typer.Option("--no-page", help="Only the API, no web page.")] = False,
     json: common.Json = False,
     dry_run: common.DryRun = False,
     show_config: common.ShowConfig = False,
 ) -> int:
-    """Serve a model to OpenAI's clients and to a web page.
+    """Serve a model, or several, to OpenAI's clients and to a web page.
 
     POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/embeddings, /tokenize; GET /v1/models, /health, /metrics
     (Prometheus), / (chat and a live view). Listens on loopback unless http.host says otherwise; keys come from LILLIPUT_API_KEY.
@@ -36,6 +44,8 @@ def serve(
     Examples:
       lilliput serve smollm2-135m
       lilliput serve runs/job/model http.port=8080 serve.weights=q4 serve.kv=int8
+      lilliput serve smollm2-135m --adapters runs/adapters
+      lilliput serve smollm2-135m runs/job/model
       LILLIPUT_API_KEY=secret lilliput serve smollm2-135m http.host=0.0.0.0 http.embeddings=mean
     """
     from lilliput.base.job import Job
@@ -43,15 +53,30 @@ def serve(
 
     show = Show(json=json)
     own, overrides = common.split(words)
-    common.at_most(own, 1, "lilliput serve smollm2-135m")
-    job = Job.load(None, [*(f"model={model}" for model in own), *overrides])
+    flags = ([f"serve.adapters={adapters}"] if adapters else []) + ([f"replicas.count={replicas}"] if replicas else [])
+    jobs = [Job.load(None, [*(f"model={model}" for model in models), *flags, *overrides]) for models in [[model] for model in own] or [[]]]
+    check(jobs)
     if show_config:
-        common.show_settings(show, job.settings if encoder(job) is not None else chat.settled(job))
+        common.show_settings(show, jobs[0].settings if encoder(jobs[0]) is not None else chat.settled(jobs[0]))
         return OK
     if dry_run:
-        return present(job, show)
-    run(job, show, page=not no_page)
+        return present(jobs, show)
+    run(jobs, show, page=not no_page)
     return OK
+
+
+def check(jobs: list[Job]) -> None:
+    """UserError for what several models cannot share."""
+    if len(jobs) == 1:
+        return
+    http, serve = jobs[0].http, jobs[0].serve
+    names = [job.top.model for job in jobs]
+    if len(set(names)) < len(names):
+        raise UserError("one model is named twice", ", ".join(names), "name each once")
+    if http.name:
+        raise UserError("http.name names one model", f"{len(jobs)} are served, each under its own name", "http.name=")
+    if serve.adapters:
+        raise UserError("serve.adapters belongs to one model", f"{len(jobs)} are served", "serve the model that has adapters alone")
 
 
 def encoder(job: Job) -> Path | None:
@@ -63,51 +88,106 @@ def encoder(job: Job) -> Path | None:
     return config.parent if isinstance(content, dict) and content.get("model_type") == "bert" else None
 
 
-def present(job: Job, show: Show) -> int:
-    """Where the memory goes: weights, cache in blocks, one step's work; the exit code says whether it fits."""
+def present(jobs: list[Job], show: Show) -> int:
+    """Where the memory goes: weights, cache in blocks, one step's work; the exit code says whether it fits, all models together."""
     from lilliput import api
     from lilliput.base.show import size
     from lilliput.models.load import choose_runner, resolve_spec
     from lilliput.plan.serving import memory_plan
 
-    spec, path = resolve_spec(job.top.model, fetch=False)
-    _, hardware = api.model_and_machine(job)
-    device = hardware.select(job.top.device).device
-    runner, reason = choose_runner(spec, job.serve, device.kind)
-    plan = memory_plan(spec, path, job.serve, runner, device.free)
-    show.data({"model": job.top.model, "runner": runner, "reason": reason, **plan.document()})
-    rows = [{"part": name, "bytes": size(count), "of it": text} for name, count, text in plan.rows()]
-    show.table(rows, ("part", "bytes", "of it"))
-    show.line(f"{runner}: {reason}")
-    show.line(f"{size(plan.total)} of {size(plan.free)} free on {device.name}: {'fits' if plan.fits else f'does not fit; {plan.fix}'}")
-    return OK if plan.fits else DOES_NOT_FIT
+    documents, plans = [], []
+    for job in jobs:
+        spec, path = resolve_spec(job.top.model, fetch=False)
+        _, hardware = api.model_and_machine(job)
+        device = hardware.select(job.top.device).device
+        runner, reason = choose_runner(spec, job.serve, device.kind)
+        plan = memory_plan(spec, path, job.serve, runner, device.free)
+        documents.append({"model": job.top.model, "runner": runner, "reason": reason, **plan.document()})
+        plans.append((plan, f"{runner}: {reason}"))
+    total, free = sum(plan.total for plan, _ in plans), device.free
+    fits, fix = total <= free, next((plan.fix for plan, _ in plans if not plan.fits), FEWER)
+    show.data(documents[0] if len(jobs) == 1 else {"models": documents, "total": total, "free": free, "fits": fits})
+    for job, (plan, why) in zip(jobs, plans):
+        rows = [{"part": name, "bytes": size(count), "of it": text} for name, count, text in plan.rows()]
+        show.table(rows, ("part", "bytes", "of it"), job.top.model if len(jobs) > 1 else "")
+        show.line(why)
+    show.line(f"{size(total)} of {size(free)} free on {device.name}: {'fits' if fits else f'does not fit; {fix}'}")
+    return OK if fits else DOES_NOT_FIT
 
 
-def run(job: Job, show: Show, page: bool) -> None:
+def run(jobs: list[Job], show: Show, page: bool) -> None:
     """Load and serve until a signal comes."""
-    http = job.http
+    http = jobs[0].http
     try:
         from lilliput.serve import http as server
     except ModuleNotFoundError as error:
         raise UserError("the server needs more packages", f"{error.name} is not installed", "pip install 'lilliput[serve,structured]'") from error
     keys = tuple(dict.fromkeys(key for key in (*([http.api_key] if isinstance(http.api_key, str) else http.api_key), *env.api_keys()) if key))
     folder = Path(__file__).parent.parent / "web" if page else None
+    names = [job.http.name or job.top.model for job in jobs]
 
     def ready(port: int) -> None:
         host = f"[{http.host}]" if ":" in http.host else http.host
-        show.data({"url": f"http://{host}:{port}", "model": made.name})
-        show.line(f"{made.name} on http://{host}:{port}" + ("  (web page there, API under /v1)" if page else "/v1") + "; Ctrl-C ends it")
+        show.data({"url": f"http://{host}:{port}", "model": names[0], "models": names})
+        show.line(f"{', '.join(names)} on http://{host}:{port}" + ("  (web page there, API under /v1)" if page else "/v1") + "; Ctrl-C ends it")
 
     server.check_address(http, keys)
-    made, backend = served(job)
-    show.line(backend)
-    server.serve(made, keys, folder, ready)
+    replicas = jobs[0].replicas
+    if max(replicas.count, replicas.most) > 1:
+        several(jobs, show, keys, folder, ready)
+        return
+    house, backends = open_house(jobs)
+    for backend in backends:
+        show.line(backend)
+    server.serve(server.application(house, keys, folder), http, house.stop, ready)
 
 
-def served(job: Job) -> tuple[Served, str]:
-    """The job's model behind the API, and what runs it."""
+def several(jobs: list[Job], show: Show, keys: tuple[str, ...], folder: Path | None, ready: Callable[[int], None]) -> None:
+    """The same by replicas of Ray Serve, behind one front."""
+    from lilliput.serve import http as server
+    from lilliput.serve import replicas
+    from lilliput.serve.front import Front
+
+    options, http = jobs[0].replicas, jobs[0].http
+    handle, lost = replicas.start(functools.partial(replica_house, [job.to_toml() for job in jobs]), options, http)
+    show.line(f"{options.count} replicas of Ray Serve" + (f", up to {options.most}" if options.most > options.count else ""))
+    try:
+        front = Front(handle, lost, http, keys, folder)
+        server.serve(front.app, http, front.stop, ready)
+    finally:
+        replicas.stop()
+
+
+def replica_house(jobs: list[str], name: str) -> House:
+    """The models of these jobs (TOML) in a replica of this name."""
+    import tempfile
+
+    from lilliput.base.job import Job
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = []
+        for at, text in enumerate(jobs):
+            path = Path(folder) / f"{at}.toml"
+            path.write_text(text)
+            made.append(Job.load(path))
+    return open_house(made, name)[0]
+
+
+def open_house(jobs: list[Job], engine: str = "0") -> tuple[House, list[str]]:
+    """The jobs' models behind the API, and what runs each. `engine`: the replica's name in metrics."""
+    from lilliput.serve.metrics import Board
+    from lilliput.serve.openai.house import House
+
+    board = Board()
+    made = [served(job, board, engine) for job in jobs]
+    return House([model for model, _ in made], board), [backend for _, backend in made]
+
+
+def served(job: Job, board: Board, engine: str = "0") -> tuple[Served, str]:
+    """The job's model behind the API, counting on `board`, and what runs it."""
     from lilliput import api
     from lilliput.serve import embeddings
+    from lilliput.serve.adapters import Library
     from lilliput.serve.async_engine import AsyncEngine
     from lilliput.serve.metrics import Metrics
     from lilliput.serve.openai.served import Served
@@ -117,12 +197,14 @@ def served(job: Job) -> tuple[Served, str]:
     folder = encoder(job)
     if folder is not None:
         embedder, tokenizer = embeddings.of_encoder(folder, "last" if http.embeddings == "last" else "mean")
-        return Served(name, http, tokenizer, Metrics(name, None), embedder=embedder), "an encoder: embeddings alone"
+        return Served(name, http, tokenizer, Metrics(name, None, board, engine=engine), embedder=embedder), "an encoder: embeddings alone"
     tracer = Tracer(http.traces, name) if http.traces else None
     model = api.load_job(job.top, job.serve)
-    engine = AsyncEngine(model.engine)
+    running = AsyncEngine(model.engine)
     pooling = http.embeddings
     vectors = None if pooling == "off" else embeddings.of_decoder(job.top.model, job.top.device, job.top.dtype, model.spec, pooling)
     given = {key.partition(".")[2] for key, source in job.settings.sources.items() if key.startswith("generate.") and source != "default"}
     defaults: dict[str, Any] = {key: getattr(job.generate, key) for key in given - {"system", "max_tokens"}}
-    return Served(name, http, model.tokenizer, Metrics(name, engine.stats, tracer=tracer), engine, vectors, defaults), model.backend
+    library = Library(job.serve.adapters) if job.serve.adapters else None
+    metrics = Metrics(name, running.stats, board, tracer=tracer, adapters=job.serve.max_adapters, engine=engine)
+    return Served(name, http, model.tokenizer, metrics, running, vectors, defaults, library), model.backend

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lilliput.base.errors import UserError
+from lilliput.models import safetensor
 from lilliput.models.families import checkpoint_names
 
 if TYPE_CHECKING:
     from lilliput.models.spec import DecoderSpec
 
 PREFIX = "base_model.model."
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Pair = tuple[torch.Tensor, torch.Tensor]  # A [rank, in], B [out, rank]
 
 
@@ -61,34 +63,73 @@ def write_adapter(folder: Path, spec: DecoderSpec, pairs: Mapping[str, Pair], *,
         "r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "fan_in_fan_out": spec.family == "gpt2",
         "target_modules": sorted({places[path][0].rsplit(".", 1)[-1] for path in pairs}), "rank_pattern": ranks, "alpha_pattern": alphas,
     }  # fmt: skip
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2))
 
 
 def read_adapter(folder: Path, spec: DecoderSpec, scale: float) -> dict[str, Pair]:
-    """Canonical path -> (A, B), such that scale x B A is the stored update. UserError when the folder holds no LoRA of this model."""
-    from safetensors.torch import load_file
+    """Canonical path -> (A, B) fp32, such that scale x B A is the stored update.
 
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder} holds no adapter", "adapter_config.json and adapter_model.safetensors are expected", "lora.adapter=runs/x/adapter")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    refused = [k for k in ("use_dora", "layer_replication", "use_rslora", "modules_to_save") if config.get(k)]
-    if config.get("peft_type") != "LORA" or refused:
-        raise UserError(f"{folder} is not a plain LoRA adapter", f"peft_type={config.get('peft_type')} {' '.join(refused)}".strip())
-    tensors = load_file(folder / "adapter_model.safetensors")
-    result = {}
+    UserError, from the files' headers alone, for a folder that holds no plain LoRA of this model: each tensor's name and shape must be
+    what the model and the configuration say, and none may be left over.
+    """
+    config, entries = _config(folder), safetensor.read_header(_file(folder, WEIGHTS))
+    strange = [name for name, entry in entries.items() if entry.dtype not in safetensor.FLOATS]
+    if strange:
+        raise UserError(f"the adapter in {folder} is not stored as floats", f"{strange[0]} is {entries[strange[0]].dtype}", "save it as fp32, fp16 or bf16")
+    result, used = {}, set()
     for path, (module, transform) in modules(spec).items():
-        a, b = tensors.get(f"{PREFIX}{module}.lora_A.weight"), tensors.get(f"{PREFIX}{module}.lora_B.weight")
-        if a is None or b is None:
+        names = [f"{PREFIX}{module}.lora_{part}.weight" for part in "AB"]
+        if not any(name in entries for name in names):
             continue
-        name = module.rsplit(".", 1)[-1]
-        stored = config.get("alpha_pattern", {}).get(name, config["lora_alpha"]) / config.get("rank_pattern", {}).get(name, config["r"])
-        if is_slice(transform):
-            b = b.chunk(transform[2])[transform[1]]
-        result[path] = (a.float(), b.float() * (stored / scale))
+        used.update(names)
+        rank, alpha = _of(config, "r", "rank_pattern", module), _of(config, "lora_alpha", "alpha_pattern", module)
+        rows, columns = spec.shapes()[f"{path}.weight"]
+        parts = transform[2] if is_slice(transform) else 1
+        for name, shape in zip(names, ((rank, columns), (rows * parts, rank))):
+            found = list(entries[name].shape) if name in entries else "nothing"
+            if found != list(shape):
+                raise UserError(f"the adapter in {folder} does not fit this model", f"{name}: needs {list(shape)}, has {found}",
+                                "an adapter fits the model that it was trained on")  # fmt: skip
+        a, b = (safetensor.read(folder / WEIGHTS, name).float() for name in names)
+        result[path] = (a, (b.chunk(parts)[transform[1]] if is_slice(transform) else b) * (alpha / rank / scale))
+    left = sorted(entries.keys() - used)
+    if left:
+        why = f"{len(left)} of {len(entries)} tensors belong to none of its Linears: {', '.join(left[:3])}"
+        raise UserError(f"the adapter in {folder} does not fit this model", why, "an adapter fits the model that it was trained on")
     if not result:
-        raise UserError(f"the adapter in {folder} touches no Linear of this model", f"it has {', '.join(sorted(tensors)[:3])} ...")
+        raise UserError(f"the adapter in {folder} touches no Linear of this model", "its file has no tensors")
     return result
+
+
+def _file(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise UserError(f"{folder} holds no adapter", f"{CONFIG} and {WEIGHTS} are expected, {name} is not there", "name a folder that a lora run wrote")
+    return folder / name
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The configuration of a plain LoRA."""
+    try:
+        config = json.loads(_file(folder, CONFIG).read_bytes())
+        kind = config.get("peft_type")
+        numbers = [config.get("r"), config.get("lora_alpha"), *config.get("rank_pattern", {}).values(), *config.get("alpha_pattern", {}).values()]
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder / CONFIG} cannot be read", f"{error or type(error).__name__}", "save the adapter again") from error
+    refused = [k for k in ("use_dora", "layer_replication", "use_rslora", "modules_to_save", "target_parameters", "lora_bias") if config.get(k)]
+    refused += [f"bias={config['bias']}"] if config.get("bias", "none") != "none" else []
+    if kind != "LORA" or refused:
+        raise UserError(f"{folder} is not a plain LoRA adapter", f"peft_type={kind} {' '.join(refused)}".strip())
+    bad = [number for number in numbers if type(number) not in (int, float) or not 0 < number < 1e6]
+    if bad:
+        raise UserError(f"{folder / CONFIG} cannot be used", f"ranks and alphas are numbers above 0, got {bad[0]!r}", "save the adapter again")
+    return config
+
+
+def _of(config: dict[str, Any], key: str, patterns: str, module: str) -> Any:
+    """A number of the configuration for one module: of the pattern that its name ends with, else the general one."""
+    named = [value for name, value in config.get(patterns, {}).items() if module == name or module.endswith(f".{name}")]
+    return named[0] if named else config[key]
 
 
 def is_slice(transform: Any) -> bool:

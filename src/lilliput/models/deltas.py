@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lilliput.ops.dropout import Dropout
+from lilliput.ops.low_rank import Pair, Segment, grouped
 
 
 class LowRank(nn.Module):
@@ -27,3 +28,24 @@ class LowRank(nn.Module):
     def weight(self) -> torch.Tensor:
         """The matrix [out, in] this delta adds to the base weight, in fp32."""
         return (self.b.float() @ self.a.float()) * self.scale
+
+
+class Rows:
+    """Which rows of the packed batch that runs belong to which adapter; of one runner, which gives it to each `Grouped` before a forward."""
+
+    def __init__(self) -> None:
+        self.segments: list[Segment] = []  # whose: canonical path -> pair
+
+
+class Grouped(nn.Module):
+    """delta(x) of several adapters at once, each for its own rows of x [..., rows, in]."""
+
+    def __init__(self, path: str, outputs: int) -> None:
+        """`path`: of the Linear that carries it."""
+        super().__init__()
+        self.path, self.outputs, self.rows = path, outputs, Rows()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., rows, in] -> [..., rows, out]; zero, without a dimension, when no row is adapted here."""
+        found: list[tuple[int, int, Pair]] = [(start, stop, whose[self.path]) for start, stop, whose in self.rows.segments if self.path in whose]
+        return grouped(x, found, self.outputs) if found else x.new_zeros(())

@@ -10,12 +10,12 @@ int8 rows are quantised anew before each product, with one scale a group of the 
 has one scale an output: one scale for a whole tensor would be set by one outlier. A width that a group does not divide takes the
 next smaller one. Q, K, V are one matrix here, gate and up another.
 
-The eager Decoder stays the oracle: in fp32 the two differ by rounding alone. Deltas (LoRA) must be merged first.
+The eager Decoder stays the oracle: in fp32 the two differ by rounding alone. A LoRA adapter is lowered beside it (lower_adapter).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -25,9 +25,10 @@ from lilliput.base.errors import UserError
 from lilliput.models import rope
 from lilliput.models.facts import facts
 from lilliput.ops import codecs, float_codecs
+from lilliput.ops.low_rank import LowRank, Pair
 from lilliput.ops.paged import KvStore
 from lilliput.ops.panels import PackedWeight
-from lilliput.ops.step import POST, PRE, StepPlan, decoder_step
+from lilliput.ops.step import LAYER_SLOTS, POST, PRE, Adapted, StepPlan, decoder_step
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,11 +62,11 @@ class NativeDecoder:
 
     def step(
         self, tokens_R: Tensor, positions_R: Tensor, cu_q: Tensor, lengths: Tensor, tables: Tensor, sampled_N: Tensor, layers: int | None = None,
-        mass: Tensor | None = None,
+        mass: Tensor | None = None, adapted: Adapted = (),
     ) -> Tensor:
         """Logits [N, vocab] of the sampled rows, after the first `layers` layers (None: all); see ops.step.decoder_step. The plan has its cache."""
         return decoder_step(self.plan, tokens_R, None, positions_R=positions_R, cu_q=cu_q, lengths=lengths, tables=tables, sampled_N=sampled_N,
-                            layers=(0, self.spec.layers if layers is None else layers), mass=mass)[1]  # fmt: skip
+                            layers=(0, self.spec.layers if layers is None else layers), mass=mass, adapted=adapted)[1]  # fmt: skip
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """What `head` reads, [B, T, C]: rows from position 0, each attending to those before it. Runs on a cache of its own."""
@@ -91,6 +92,23 @@ class NativeDecoder:
     def __call__(self, tokens_BT: Tensor) -> Tensor:
         """Logits [B, T, vocab]."""
         return self.head(self.hidden(tokens_BT))
+
+
+def lower_adapter(spec: DecoderSpec, pairs: Mapping[str, Pair]) -> LowRank:
+    """Updates of a model's Linears (canonical path -> (A, B), the scale in B) for the rows of a step that are an adapter's."""
+    lowered, head, kv = LowRank(spec.layers), spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    places = {
+        "qkv": (("attn.q_proj", 0), ("attn.k_proj", head), ("attn.v_proj", head + kv)),
+        "out": (("attn.o_proj", 0),),
+        "up": (("mlp.gate_proj", 0), ("mlp.up_proj", spec.ffn if spec.gated else 0)),
+        "down": (("mlp.down_proj", 0),),
+    }
+    for layer in range(spec.layers):
+        for slot, parts in places.items():
+            found = [(output, pairs[path]) for name, output in parts if (path := f"layers.{layer}.{name}") in pairs]
+            if found:
+                lowered.put(layer, LAYER_SLOTS.index(slot), found)
+    return lowered
 
 
 def _own_cache(model: NativeDecoder, sequences: int, tokens: int) -> tuple[KvStore, Tensor]:

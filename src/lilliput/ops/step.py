@@ -6,8 +6,9 @@ or the dispatcher (a PyTorch decoder of 30 layers spends 12 to 19 ms a step on t
     [norm, quantise, QKV] [RoPE, cache write] [attention] [O, + residual] [norm, quantise, gate and up] [act, quantise, down, + residual]
 
 A StepPlan owns every tensor its plan points into. `decoder_step` runs any range of layers, hidden states in and out, and can call
-`reduce` on the partial sums of O and down before they meet the residual (tensor parallelism). Rows are packed: cu_q says which
-belong to whom, as everywhere (ops/paged.py). When not: training (nothing is kept for a backward pass), CUDA.
+`reduce` on the partial sums of O and down before they meet the residual (tensor parallelism), or add low-rank updates to some rows
+(ops/low_rank.py). Rows are packed: cu_q says which belong to whom, as everywhere (ops/paged.py). When not: training (nothing is kept for a backward pass),
+CUDA.
 
 Aminabadi et al. 2022, arXiv 2207.00032, section III.
 """
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lilliput.ops import native, paged
+from lilliput.ops.low_rank import LowRank
 from lilliput.ops.paged import KvStore
 from lilliput.ops.panels import PackedWeight
 
@@ -32,6 +34,7 @@ ACTS = ("swiglu", "gelu", "gelu_tanh", "relu")
 TOP_SLOTS, LAYER_SLOTS = ("project_in", "project_out", "head"), ("qkv", "out", "up", "down")
 
 Reduce = Callable[[Tensor], None]  # partial sums, fp32, flat: reduced in place
+Adapted = Sequence[tuple[int, int, LowRank]]  # rows [start, stop) that get an adapter's updates
 
 _plans: weakref.WeakValueDictionary[int, StepPlan] = weakref.WeakValueDictionary()
 
@@ -114,7 +117,7 @@ def _int32(tensor: Tensor, name: str) -> Tensor:
 
 
 def _run(plan: int, tokens: Tensor | None, hidden: Tensor, positions: Tensor, cu_q: Tensor, lengths: Tensor, tables: Tensor, sampled: Tensor,
-         first: int, last: int, mass: Tensor | None = None, reduce: Any = None) -> Tensor:
+         first: int, last: int, mass: Tensor | None = None, reduce: Any = None, adapted: Adapted = ()) -> Tensor:
     owner = _plans[plan]
     rows, sequences = hidden.shape[0], lengths.shape[0]
     assert hidden.shape[1] == owner.dim and hidden.is_contiguous() and hidden.dtype == torch.float32, f"hidden must be [rows, {owner.dim}] fp32"
@@ -128,7 +131,7 @@ def _run(plan: int, tokens: Tensor | None, hidden: Tensor, positions: Tensor, cu
     into = (0, 0) if mass is None else (mass.data_ptr(), mass.shape[3])
     start = 0 if tokens is None else _int32(tokens, "tokens").data_ptr()
     owner._native.forward(start, hidden.data_ptr(), positions.data_ptr(), rows, sequences, cu_q.data_ptr(), lengths.data_ptr(), tables.data_ptr(),
-                          tables.shape[1], first, last, *into, reduce)  # fmt: skip
+                          tables.shape[1], first, last, *into, reduce, [(a, b, whose.native()) for a, b, whose in adapted])  # fmt: skip
     logits = hidden.new_empty(sampled.shape[0], owner.vocab)
     owner._native.logits(hidden.data_ptr(), sampled.data_ptr(), sampled.shape[0], logits.data_ptr())
     return logits
@@ -146,6 +149,7 @@ STEP = native.define("decoder_step(int plan, Tensor? tokens, Tensor(a!) hidden, 
 def decoder_step(
     plan: StepPlan, tokens_R: Tensor | None, hidden_RC: Tensor | None, *, positions_R: Tensor, cu_q: Tensor, lengths: Tensor, tables: Tensor,
     sampled_N: Tensor, layers: tuple[int, int] | None = None, mass: Tensor | None = None, reduce: Reduce | None = None,
+    adapted: Adapted = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One step of layers [a, b) over R packed rows: (hidden states [R, C] after layer b - 1, logits [N, vocab] of the rows `sampled_N`).
 
@@ -153,14 +157,17 @@ def decoder_step(
     sequence, the new ones included), tables [S, blocks], positions_R and sampled_N: int32. Logits only make sense after the last layer.
     mass [all layers, S, kv_heads, >= longest] fp32: what ops/paged.py adds to it, layer by layer (H2O's accumulated attention).
     reduce: called with a flat view of the partial sums after O and after down, before they are added to the residual.
+    adapted: rows that get the low-rank updates of an adapter; segments do not overlap.
     """
     assert (tokens_R is None) != (hidden_RC is None), "either tokens or hidden states go in"
     first, last = layers or (0, plan.layers)
     if hidden_RC is None:
         hidden_RC = torch.empty(positions_R.shape[0], plan.dim)
-    if reduce is None:
+    assert reduce is None or not adapted, "updates of sharded products are not summed over ranks"
+    if reduce is None and not adapted:
         return hidden_RC, STEP(plan.handle, tokens_R, hidden_RC, positions_R, cu_q, lengths, tables, sampled_N, first, last, mass)
-    return hidden_RC, _run(plan.handle, tokens_R, hidden_RC, positions_R, cu_q, lengths, tables, sampled_N, first, last, mass, _hook(reduce))
+    return hidden_RC, _run(plan.handle, tokens_R, hidden_RC, positions_R, cu_q, lengths, tables, sampled_N, first, last, mass,
+                           None if reduce is None else _hook(reduce), adapted)  # fmt: skip
 
 
 def _hook(reduce: Reduce) -> Callable[[int, int], None]:

@@ -8,12 +8,18 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from lilliput.base import hardware
 from lilliput.base.errors import DoesNotFit, UserError
 from lilliput.base.protocols import KVPolicy
 from lilliput.serve.blocks import BLOCK
 from lilliput.serve.request import Sampling
 from lilliput.serve.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from lilliput.models.decoder import Decoder
+    from lilliput.models.native import NativeDecoder
 
 
 @dataclass(frozen=True)
@@ -60,3 +66,18 @@ class Door:
         why = f"{prompt:,} tokens of prompt and {times} need {need * BLOCK:,} tokens of cache in blocks of {BLOCK}, it has {total * BLOCK:,}"
         fits = bisect.bisect_right(range(1, limit), total, key=lambda tokens: self.most(prompt, tokens, width))
         raise DoesNotFit("the request does not fit into the cache", why, f"kv_tokens={need * BLOCK}" + (f" or max_tokens={fits}" if fits else ""))
+
+def affordable(model: Decoder | NativeDecoder) -> int:
+    """Tokens of cache where nobody says how many: four contexts, at most a quarter of the free memory, at least a block."""
+    kv = model.facts.kv
+    assert kv is not None, "a decoder states the shape of its keys and values"
+    if model.device.type == "cuda":
+        import torch
+
+        from lilliput.models.native import NativeDecoder
+
+        assert not isinstance(model, NativeDecoder), "native models run on CPUs"
+        free, element = torch.cuda.mem_get_info(model.device)[0], next(model.parameters()).element_size()
+    else:
+        free, element = hardware.memory()[1], 4
+    return max(BLOCK, min(4 * model.facts.context, free // 4 // kv.bytes_per_token(element)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lilliput.data.tokenizer import TextStream, Tokenizer
+    from lilliput.serve.adapters import Adapter
 
 PLAIN = ops.Draw()  # greedy, nothing else
 
@@ -73,6 +75,7 @@ class Request:
     scored: list[Scored | None] | None = None  # of the prompt, where asked for
     cached: int = 0  # tokens of the prompt that were in the cache already
     unborn: list[Answer] = field(default_factory=list)  # those that begin when the prompt has been computed
+    adapter: Adapter | None = None  # that its tokens are computed under; held until it ends
     search: Search | None = None  # a beam search; its answers are its live beams
     kept: dict[int, list[Delta]] = field(default_factory=dict)  # index -> deltas, while best_of has not chosen
 
@@ -81,10 +84,16 @@ class Request:
         how = self.sampling
         self.seed = secrets.randbits(64) if how.seed is None else how.seed
         self.scored = None if how.prompt_logprobs is None else [None]
+        self.made, self.begun = time.perf_counter(), 0.0  # when it was asked for, and when its first step began
         self.ends = frozenset(how.stop_ids) | (frozenset() if how.ignore_eos else self.eos)
         self.penalised = how.repetition_penalty != 1 or how.presence_penalty != 0 or how.frequency_penalty != 0
         self.looks_back = bool(self.penalised or self.bad or how.guide or how.min_tokens)  # a draw depends on the tokens before it
         self.changes = bool(self.penalised or how.temperature or how.logit_bias or self.bad or how.guide or how.min_tokens)
+
+    @property
+    def queued(self) -> float:
+        """Seconds that it waited before its first step."""
+        return max(0.0, self.begun - self.made)
 
     def held(self, delta: Delta) -> list[Delta]:
         """What may be given out after this delta: itself, or with best_of nothing until all answers have ended, then the likeliest."""
@@ -183,7 +192,7 @@ class Answer:
             return Delta(request.id, self.index, token, text, how, reason, logprob, top)
         self._started = True
         scored = None if request.scored is None else tuple(request.scored)
-        return Delta(request.id, self.index, token, text, how, reason, logprob, top, request.cached, scored)
+        return Delta(request.id, self.index, token, text, how, reason, logprob, top, request.cached, scored, queued=request.queued)
 
 
 def spoken(request: Request, found: Sequence[Hypothesis]) -> list[Delta]:

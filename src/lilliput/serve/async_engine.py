@@ -23,6 +23,8 @@ from lilliput.serve.beams import Beam
 from lilliput.serve.request import Delta, Sampling
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lilliput.serve.engine import Engine
     from lilliput.serve.stats import Stats
 
@@ -100,6 +102,35 @@ class AsyncEngine:
             if not self._readers:
                 self._quiet.set()
 
+    async def load(self, name: str, folder: Path, replace: bool = False) -> None:
+        """Read an adapter beside the engine, then make it known between two steps. UserError where it does not fit, or its name is taken."""
+        adapter = await asyncio.to_thread(self.engine.adapters.read, name, folder)
+        await self._ask(lambda: self.engine.load(adapter, replace))
+
+    async def unload(self, name: str) -> None:
+        """Take no more requests for an adapter; those that run end with it. UserError where it is not loaded."""
+        await self._ask(lambda: self.engine.unload(name))
+
+    async def _ask(self, act: Callable[[], None]) -> None:
+        """Run it on the engine's thread; what it raises is raised here."""
+        loop = self._loop
+        assert loop is not None, "start() comes first"
+        if self._ending:
+            raise UserError("the engine is stopping", "it lets the open answers end and takes no new ones", "ask again when it has been restarted")
+        done: asyncio.Future[None] = loop.create_future()
+
+        def run() -> None:
+            fault: Exception | None = None
+            try:
+                act()
+            except Exception as error:  # the caller's, not the thread's
+                fault = error
+            with suppress(RuntimeError):  # the loop was closed: nobody waits
+                loop.call_soon_threadsafe(_settle, done, fault)
+
+        self._post(run)
+        await done
+
     def _post(self, act: Callable[[], object]) -> None:
         with self._wake:
             self._mail.append(act)
@@ -131,3 +162,12 @@ class AsyncEngine:
             reader = self._readers.get(delta.id)
             if reader is not None:
                 reader.put_nowait(delta)
+
+
+def _settle(done: asyncio.Future[None], fault: Exception | None) -> None:
+    if done.done():  # nobody waits any more
+        return
+    if fault is None:
+        done.set_result(None)
+    else:
+        done.set_exception(fault)

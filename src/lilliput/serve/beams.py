@@ -33,6 +33,7 @@ class Beam:
     early_stopping: bool = False  # end as soon as `width` answers have ended
     ignore_eos: bool = False
     stop_ids: tuple[int, ...] = ()  # also end an answer
+    adapter: str = ""  # name of a loaded LoRA adapter; empty = the model's own weights
 
     def __post_init__(self) -> None:
         """UserError for a value out of range."""
@@ -47,7 +48,7 @@ class Beam:
     def sampling(self) -> Sampling:
         """The limits and ends of this search as those of any request."""
         n = self.n or self.width
-        return Sampling(self.max_tokens, ignore_eos=self.ignore_eos, stop_ids=self.stop_ids, n=n, best_of=self.width)
+        return Sampling(self.max_tokens, ignore_eos=self.ignore_eos, stop_ids=self.stop_ids, n=n, best_of=self.width, adapter=self.adapter)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ table[t // 16] * 16 + t % 16. Waste is at most 15 slots a sequence, and there is
     grow      room for more tokens; a shared block that would be written is copied first (copy on write)
     commit    so many tokens are now in the cache for good. Only this makes full blocks findable: what is grown and not
               committed (a draft that was wrong, a step that broke) is written again
+    forget    what was computed under a salt is not found again
     free      blocks of which no table is left go to a free list and keep their contents until they are taken again
 
 Prefix reuse: a full block is known by a digest of (the digest of the block before, its 16 tokens), the first by a salt (the
@@ -23,6 +24,7 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from heapq import heappop, heappush
 from itertools import pairwise
 
 BLOCK = 16  # tokens; the paper's default: small waste, and one block is a whole tile of a kernel
@@ -79,7 +81,8 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(total))  # next to be taken first
         self._key: list[bytes | None] = [None] * total
         self._index: dict[bytes, int] = {}
-        self._swap_free = list(range(swap - 1, -1, -1))
+        self._salt = [b""] * total  # under which each block was made findable
+        self._swap_free = list(range(swap))  # a heap: low slots are in memory, high ones may be in a file
         self._swap_refs = [0] * swap
 
     @property
@@ -128,7 +131,7 @@ class BlockPool:
         for at, key in enumerate(self.keys(table, tokens, last)[first:], first):
             block = table.blocks[at]
             if key not in self._index:
-                self._key[block], self._index[key] = key, block
+                self._learn(block, key, table.salt)
 
     def cut(self, table: Table, at: int) -> None:
         """Take full block `at` out of a table; what lies after it moves up."""
@@ -151,6 +154,16 @@ class BlockPool:
                 break
             found.append(block)
         return found
+
+    def forget(self, salt: bytes) -> None:
+        """Nothing that was computed under this salt can be found any more; its blocks that no table holds are the next to be taken."""
+        for block, under in enumerate(self._salt):
+            if under != salt or self._key[block] is None:
+                continue
+            del self._index[self._key[block]]  # type: ignore[arg-type]
+            self._key[block] = None
+            if self.refs[block] == 0:
+                self._free.move_to_end(block, last=False)
 
     def unheld(self, blocks: Iterable[int]) -> int:
         """How many of these blocks are on the free list: adopting them takes them off it."""
@@ -187,7 +200,7 @@ class BlockPool:
         """Move the committed blocks of a group to the swap space: (block, slot). The blocks are free at once, so these copies come first."""
         moved = dict.fromkeys(block for table in tables for block in table.blocks[: blocks_for(table.length)])
         assert len(moved) <= self.swap_free, f"{len(moved)} blocks to swap, {self.swap_free} are free: swap_free comes first"
-        pairs = [(block, self._swap_free.pop()) for block in moved]
+        pairs = [(block, heappop(self._swap_free)) for block in moved]
         place = dict(pairs)
         for table in tables:
             slots = array("i", [place[block] for block in table.blocks[: blocks_for(table.length)]])
@@ -215,7 +228,7 @@ class BlockPool:
                         back[slot] = block = self._take(blocks[-1] if blocks else -1)
                         pairs.append((slot, block))
                         if full:  # it can be found again: the copy comes before anything reads
-                            self._key[block], self._index[table.keys[at]] = table.keys[at], block
+                            self._learn(block, table.keys[at], table.salt)
                     else:
                         back[slot] = found
                         self._hold(found)
@@ -239,6 +252,10 @@ class BlockPool:
         self.refs[block] = 1
         return block
 
+    def _learn(self, block: int, key: bytes, salt: bytes) -> None:
+        """A full block can be found."""
+        self._key[block], self._index[key], self._salt[block] = key, block, salt
+
     def _hold(self, block: int) -> None:
         if self.refs[block] == 0:
             del self._free[block]
@@ -247,7 +264,7 @@ class BlockPool:
     def _swap_drop(self, slot: int) -> None:
         self._swap_refs[slot] -= 1
         if self._swap_refs[slot] == 0:
-            self._swap_free.append(slot)
+            heappush(self._swap_free, slot)
 
     def _drop(self, block: int) -> None:
         assert self.refs[block] > 0, f"block {block} is already free"

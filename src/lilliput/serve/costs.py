@@ -1,7 +1,7 @@
 """Swap or recompute? What a preempted group would cost either way, from what this machine has been measured to do.
 
     recompute   its tokens x seconds a token of a step with many rows (a running mean over such steps)
-    swap        its blocks, out and back, x seconds a block (the first group's blocks are copied once to see)
+    swap        its blocks, out and back, x seconds a block (the first group's blocks are copied once to see, for memory and for the file)
 
 Kwon et al. 2023, section 7.3: the two are close at blocks of 16 to 64 tokens; small blocks favour recomputation.
 """
@@ -24,10 +24,11 @@ PROBE = 8  # blocks copied to see what one costs
 class Costs:
     """Chooses how groups are preempted."""
 
-    def __init__(self, pool: BlockPool, runner: Runner, way: Literal["auto", "swap", "recompute"]) -> None:
-        """`way`: auto, or what is done always (swap: while there is room)."""
+    def __init__(self, pool: BlockPool, runner: Runner, way: Literal["auto", "swap", "recompute"], host: int | None = None) -> None:
+        """`way`: auto, or what is done always (swap: while there is room). `host`: slots of swap space in memory, the first; None: all."""
         self.pool, self.runner, self.way = pool, runner, way
-        self.token_seconds = self.block_seconds = 0.0  # 0: not measured yet
+        self.host = pool.swap_total if host is None else host
+        self.token_seconds = self.block_seconds = self.file_seconds = 0.0  # 0: not measured yet
 
     def step(self, rows: int, seconds: float) -> None:
         """A step of so many rows took so long."""
@@ -39,15 +40,22 @@ class Costs:
         """The cheaper way; recompute where nothing of it could be measured or there is no swap space."""
         if self.way != "auto" or not self.pool.swap_free:
             return "swap" if self.way == "swap" else "recompute"
-        blocks = list(self.pool.committed(group.tables))
-        if not self.block_seconds:
-            self._probe(blocks[: min(PROBE, self.pool.swap_free)])
+        blocks, free = list(self.pool.committed(group.tables)), self.pool.swap_slots()
+        near, far = ([slot for slot in free if (slot < self.host) == inside] for inside in (True, False))
+        aside = min(len(blocks), len(near))
+        if aside and not self.block_seconds:
+            self.block_seconds = self._probe(blocks, near)
+        if aside < len(blocks) and far and not self.file_seconds:
+            self.file_seconds = self._probe(blocks, far)
         tokens = group.prompt + sum(max(0, seq.table.length - group.prompt) for seq in group.seqs)
-        return "swap" if 2 * len(blocks) * self.block_seconds < tokens * self.token_seconds else "recompute"
+        seconds = aside * self.block_seconds + (len(blocks) - aside) * self.file_seconds
+        return "swap" if 2 * seconds < tokens * self.token_seconds else "recompute"
 
-    def _probe(self, blocks: list[int]) -> None:
-        pairs = list(zip(blocks, self.pool.swap_slots()))
+    def _probe(self, blocks: list[int], slots: list[int]) -> float:
+        """Seconds of a block that goes to one of these free slots."""
+        pairs, seconds = list(zip(blocks[:PROBE], slots)), 0.0
         for _ in range(2):  # the first takes the memory
             start = time.perf_counter()
             self.runner.move(Moves(out=pairs))
-            self.block_seconds = (time.perf_counter() - start) / len(pairs)
+            seconds = (time.perf_counter() - start) / len(pairs)
+        return seconds

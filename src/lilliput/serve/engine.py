@@ -16,25 +16,26 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from lilliput.base import hardware, registry
+from lilliput.base import registry
 from lilliput.base.errors import UserError
 from lilliput.base.protocols import KVPolicy, Runner
 from lilliput.data.tokenizer import Tokenizer
-from lilliput.models.native import NativeDecoder
 from lilliput.ops import sampling as ops
-from lilliput.serve.admission import Door
+from lilliput.serve.adapters import Adapter, Adapters, names, together
+from lilliput.serve.admission import Door, affordable
 from lilliput.serve.answer import Answer, Request, bad_word_ids, score_prompt, spoken
 from lilliput.serve.beams import Beam, Search
 from lilliput.serve.blocks import BLOCK, BlockPool, blocks_for
+from lilliput.serve.callers import Callers
 from lilliput.serve.costs import Costs
-from lilliput.serve.request import Completion, Delta, FinishReason, Sampling, collect
+from lilliput.serve.request import Completion, Delta, FinishReason, Sampling
 from lilliput.serve.retention import Retention
 from lilliput.serve.runners import runner_of
+from lilliput.serve.runners.mover import Swap
 from lilliput.serve.scheduler import Chunk, Moves, Scheduler, Seq
 from lilliput.serve.speculative import Place, Speculation, matched
 from lilliput.serve.stats import Counts, Stats
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lilliput.models.decoder import Decoder
+    from lilliput.models.native import NativeDecoder
 
 
 class Engine:
@@ -60,33 +62,39 @@ class Engine:
         sharing: bool = True,
         preemption: Literal["auto", "swap", "recompute"] = "auto",
         swap_tokens: int = 0,
+        swap_file_tokens: int = 0,
+        swap_folder: str = "",
         scheduling: Literal["fcfs", "priority"] = "fcfs",
         batching: Literal["continuous", "static"] = "continuous",
         reserve: int = 0,
         draft: str | Decoder | NativeDecoder = "",
         guesses: int = 8,
+        max_adapters: int = 16,
     ) -> None:
         """`kv_tokens`: tokens of cache over all requests (None: four full contexts, or what a quarter of the free memory holds).
         `max_batch_tokens`: tokens of one step, and sequences that run at once. `policy`: a registered cache policy. `kv`: how a native
         model's cache is stored. `sharing`: prompts with the same beginning compute it once. `preemption`, `swap_tokens` (0 = none, so that
-        preempted answers are computed again), `batching`, `reserve`: serve/scheduler.py. `draft`: a drafter ("name:argument", "" = none) or
-        a model that guesses, at most `guesses` tokens a step: serve/speculative.py."""
+        preempted answers are computed again), `swap_file_tokens` more in a file in `swap_folder`, `batching`, `reserve`: serve/scheduler.py.
+        `draft`: a drafter ("name:argument", "" = none) or a model that guesses, at most `guesses` tokens a step: serve/speculative.py.
+        `max_adapters`: loaded at once, serve/adapters.py."""
         self.model, self.tokenizer = model, tokenizer
         self.context, self.priorities = model.facts.context, scheduling == "priority"
-        wanted = _affordable(model) if kv_tokens is None else kv_tokens
+        wanted = affordable(model) if kv_tokens is None else kv_tokens
         for name, value in (("kv_tokens", wanted), ("max_batch_tokens", max_batch_tokens)):
             if value < 1:
                 raise UserError(f"{name}={value} leaves no room for a token", fix=f"{name}=512")
-        if preemption == "swap" and swap_tokens < BLOCK:
+        swap = Swap(swap_tokens // BLOCK, swap_file_tokens // BLOCK, swap_folder)
+        if preemption == "swap" and not swap.total:
             raise UserError("preemption=swap has no swap space", f"swap_tokens={swap_tokens}, a block holds {BLOCK}", f"swap_tokens={wanted}")
         self.policy: KVPolicy = registry.made("kv_policy", policy)
         if self.policy.evicts and draft:
             raise UserError(f"policy={policy} and draft={draft} cannot stand together", "what was guessed wrongly would count as attention", "draft=")
-        self.pool = BlockPool(blocks_for(wanted), sharing=sharing and not self.policy.evicts, swap=swap_tokens // BLOCK)
-        blocks, swap = self.pool.total, self.pool.swap_total
+        self.pool = BlockPool(blocks_for(wanted), sharing=sharing and not self.policy.evicts, swap=swap.total)
+        blocks = self.pool.total
         self.runner: Runner = runner_of(model, blocks, kv, swap)
+        self.adapters = Adapters(model.spec, self.runner.lower, max_adapters)
         self.guesses = Speculation(draft, guesses, Place(model, self.runner, blocks, swap, kv)) if draft else None
-        self.costs = Costs(self.pool, self.runner, preemption)
+        self.costs = Costs(self.pool, self.runner, preemption, swap.host)
         self.scheduler = Scheduler(self.pool, max_batch_tokens, choose=self.costs.choose, batching=batching, reserve=reserve,
                                    window=self.policy.size)  # fmt: skip
         self.retention = Retention(self.policy, self.runner, self.pool) if self.policy.evicts else None
@@ -97,7 +105,7 @@ class Engine:
         self._answers: dict[int, Answer] = {}  # by sequence
         self._ids, self._sequences = itertools.count(), itertools.count()
         self._notes: list[Delta] = []  # deltas for the next step() to give
-        self._inboxes: dict[int, deque[Delta]] = {}  # of requests that stream() or generate() drives
+        self._callers = Callers(self)
 
     @property
     def kv_tokens(self) -> int:
@@ -114,7 +122,8 @@ class Engine:
         prompt, how = list(prompt_ids), sampling.sampling if isinstance(sampling, Beam) else sampling or Sampling()
         limit = self.door.limit(prompt, how)
         bad = bad_word_ids(how.bad_words, self.tokenizer)
-        made = Request(next(self._ids), prompt, how, limit, self._eos, lambda: self.tokenizer.stream(prompt), bad)
+        adapter = self.adapters.find(how.adapter)
+        made = Request(next(self._ids), prompt, how, limit, self._eos, lambda: self.tokenizer.stream(prompt), bad, adapter=adapter)
         made.search = Search(sampling, limit, made.ends, self.door.vocab) if isinstance(sampling, Beam) else None
         return made
 
@@ -129,12 +138,21 @@ class Engine:
             request.search.begin(request.answers[0].id)
         most = self.door.most(len(prompt), request.limit, how.width)
         self.scheduler.add(request.id, request.answers[0].id, list(prompt), most, width=how.width, priority=how.priority if self.priorities else 0,
-                           scores=request.scored is not None, shares=not self.policy.evicts)  # fmt: skip
+                           scores=request.scored is not None, shares=not self.policy.evicts,
+                           salt=request.adapter.salt if request.adapter else b"", adapter=request.adapter)  # fmt: skip
         return request.id
 
     def add(self, prompt_ids: Sequence[int], sampling: Sampling | Beam | None = None) -> int:
         """request() and submit()."""
         return self.submit(self.request(prompt_ids, sampling))
+
+    def load(self, adapter: Adapter, replace: bool = False) -> None:
+        """Serve an adapter that `adapters.read` has made. `replace`: one of its name makes way, and requests that run under it end with it."""
+        self._forget(self.adapters.put(adapter, replace))
+
+    def unload(self, name: str) -> None:
+        """Take no more requests for an adapter. UserError where it is not loaded."""
+        self._forget(self.adapters.remove(name))
 
     def cancel(self, id: int) -> bool:
         """Stop a request; its blocks are free at once, and the next step gives its last deltas. False when it had ended before."""
@@ -146,12 +164,13 @@ class Engine:
         self._move()  # what a step that broke off has left
         if self.guesses:
             self.guesses.plan(self._answering())
-        chunks = self.scheduler.schedule()
+        chunks = together(self.scheduler.schedule())
         self._move()
         deltas: list[Delta] = []
         if chunks:
             if self.guesses:
                 self.guesses.fill(chunks, lambda id, position: self._answers[id].draw(position, self.model.facts.vocab))
+            self._begin(chunks, start)
             mass = self.retention.room(chunks) if self.retention else None
             logits_NV = self.runner.forward(chunks, mass)
             choices = self._sample(chunks, logits_NV)
@@ -169,11 +188,11 @@ class Engine:
     def stats(self) -> Stats:
         """What the engine holds and has done, now."""
         scheduler, pool = self.scheduler, self.pool
-        running = sum(len(group.seqs) for group in scheduler.running)
-        waiting = sum(len(group.seqs) for queue in (scheduler.waiting, scheduler.swapped) for group in queue)
+        waits = [group for queue in (scheduler.waiting, scheduler.swapped) for group in queue]
+        running, waiting = (sum(len(group.seqs) for group in groups) for groups in (scheduler.running, waits))
         counts = replace(self.counts, prefix_queries=scheduler.queries, prefix_hits=scheduler.hits, preempted_swap=scheduler.preempted["swap"],
                          preempted_recompute=scheduler.preempted["recompute"])  # fmt: skip
-        return counts.snapshot(running, waiting, pool.total - pool.free_count, pool.total)
+        return counts.snapshot(running, waiting, pool.total - pool.free_count, pool.total, (names(scheduler.running), names(waits)))
 
     def fail(self, message: str) -> None:
         """End every running request with an error: the step they shared broke off. All requests, when none runs."""
@@ -183,30 +202,29 @@ class Engine:
     def stream(self, prompt_ids: Sequence[int], sampling: Sampling | Beam | None = None) -> Iterator[Delta]:
         """Give the deltas of one request as they come; closing the iterator stops the request. Others run in the same steps.
         UserError when an answer ends with an error."""
-        id = self._open(prompt_ids, sampling)
-        try:
-            for delta in self._drive(id):
-                if delta.finish_reason == "error":
-                    raise UserError("the answer broke off", delta.message, "see the reason")
-                yield delta
-        finally:
-            self._close(id)
+        return self._callers.stream(prompt_ids, sampling)
 
     def generate(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | Beam | None = None) -> list[Completion]:
         """Answer several prompts (ids, or text to go on from) in one batch: `n` completions for each, in their order; of a beam the best first."""
-        ids: list[int] = []
-        done: list[Completion] = []
-        count = sampling.sampling.n if isinstance(sampling, Beam) else 1 if sampling is None else sampling.n
-        try:
-            for prompt in prompts:
-                ids.append(self._open(self.tokenizer.encode(prompt, special=True) if isinstance(prompt, str) else prompt, sampling))
-            for id in ids:
-                deltas = list(self._drive(id))
-                done += [collect([delta for delta in deltas if delta.index == index]) for index in range(count)]
-            return done
-        finally:
-            for id in ids:
-                self._close(id)
+        return self._callers.generate(prompts, sampling)
+
+    def holds(self, id: int) -> bool:
+        """Whether a request has not ended."""
+        return id in self._requests
+
+    def drop(self, id: int) -> None:
+        """Forget a request without a word; nothing where it has ended."""
+        for answer in list(self._requests[id].answers) if id in self._requests else ():
+            self._finish(answer)
+        self._requests.pop(id, None)
+
+    def later(self, deltas: list[Delta]) -> None:
+        """Deltas that the next step() gives first."""
+        self._notes = deltas + self._notes
+
+    def _forget(self, adapter: Adapter | None) -> None:
+        if adapter is not None:
+            self.pool.forget(adapter.salt)
 
     def _move(self) -> None:
         if self.scheduler.moves:
@@ -214,6 +232,12 @@ class Engine:
             if self.guesses:
                 self.guesses.move(self.scheduler.moves)
             self.scheduler.moves = Moves()
+
+    def _begin(self, chunks: list[Chunk], now: float) -> None:
+        """Requests of which nothing had been computed wait no longer."""
+        for chunk in chunks:
+            request = self._answers[chunk.id].request
+            request.begun = request.begun or now
 
     def _answering(self) -> list[tuple[Seq, int]]:
         """Sequences that may be guessed for, each with the tokens that it may have after the next."""
@@ -330,7 +354,7 @@ class Engine:
 
     def _give(self, request: Request, deltas: list[Delta], others: list[Delta]) -> None:
         """Hand deltas to whoever reads the request, and forget it when it has ended."""
-        self._inboxes.get(request.id, others).extend(deltas)
+        self._callers.inboxes.get(request.id, others).extend(deltas)
         if not request.answers:
             del self._requests[request.id]
 
@@ -358,37 +382,3 @@ class Engine:
             broken = [replace(broken[0], index=index) for index in range(request.sampling.n)]
         self._give(request, broken, self._notes if others is None else others)
         return True
-
-    def _open(self, prompt_ids: Sequence[int], sampling: Sampling | Beam | None) -> int:
-        request = self.request(prompt_ids, sampling)
-        self._inboxes[request.id] = deque()
-        return self.submit(request)
-
-    def _drive(self, id: int) -> Iterator[Delta]:
-        """Step until the request has ended; what steps give for requests of others is kept for the next step()."""
-        inbox = self._inboxes[id]
-        while inbox or id in self._requests:
-            while not inbox:
-                kept = self.step()
-                self._notes = kept + self._notes
-            yield inbox.popleft()
-
-    def _close(self, id: int) -> None:
-        del self._inboxes[id]
-        for answer in list(self._requests[id].answers) if id in self._requests else ():
-            self._finish(answer)
-        self._requests.pop(id, None)
-
-
-def _affordable(model: Decoder | NativeDecoder) -> int:
-    """Tokens of cache where nobody says how many: four contexts, at most a quarter of the free memory, at least a block."""
-    kv = model.facts.kv
-    assert kv is not None, "a decoder states the shape of its keys and values"
-    if model.device.type == "cuda":
-        import torch
-
-        assert not isinstance(model, NativeDecoder), "native models run on CPUs"
-        free, element = torch.cuda.mem_get_info(model.device)[0], next(model.parameters()).element_size()
-    else:
-        free, element = hardware.memory()[1], 4
-    return max(BLOCK, min(4 * model.facts.context, free // 4 // kv.bytes_per_token(element)))

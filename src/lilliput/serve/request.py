@@ -63,6 +63,7 @@ class Sampling:
     best_of: int | None = None  # so many are made, the n likeliest are given, all at the end
     priority: int = 0  # lower runs first where the engine schedules by priority
     guide: Callable[[], Guide] | None = None  # makes a fresh guide for each answer
+    adapter: str = ""  # name of a loaded LoRA adapter; empty = the model's own weights
 
     def __post_init__(self) -> None:
         """UserError for a value out of range."""
@@ -121,6 +122,7 @@ class Delta:
     cached: int | None = None  # on the first delta of an answer: tokens of the prompt that were in the cache already
     prompt_logprobs: tuple[Scored | None, ...] | None = None  # on the first delta, where asked for; None for the first token
     message: str = ""  # what went wrong, with finish_reason "error"
+    queued: float | None = None  # on the first delta of an answer: seconds from the request to the first step that computed something of it
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,12 @@ from array import array
 from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lilliput.serve.blocks import BLOCK, BlockPool, Pairs, Table, blocks_for
+
+if TYPE_CHECKING:
+    from lilliput.serve.adapters import Adapter
 
 SCORED = 256  # rows of logits in one step for a prompt that is scored: 50 MB with a vocabulary of 49,152
 Way = Literal["swap", "recompute"]
@@ -63,6 +66,7 @@ class Group:
     reserve: int = 0  # tokens of cache that it takes at admission
     cached: int = 0  # tokens of the prompt that were found when it was first admitted
     admitted: bool = False
+    adapter: Adapter | None = None  # whose weights it runs under; nothing here looks at it
 
     @property
     def tables(self) -> list[Table]:
@@ -84,6 +88,7 @@ class Chunk:
     prompt: int = 0  # rows of them that are of the prompt
     draft: int = 0  # rows of them that are guessed, the last ones
     gone: int = 0  # tokens before them that have left the cache: place + gone = position in the text
+    adapter: Adapter | None = None
 
 
 @dataclass
@@ -138,12 +143,12 @@ class Scheduler:
         return shared + width * (blocks_for(max(tokens, self.reserve)) - shared)
 
     def add(self, id: int, seq: int, tokens: list[int], most: int, *, width: int = 1, priority: int = 0, scores: bool = False, salt: bytes = b"",
-            shares: bool = True, reserve: int | None = None) -> Group:  # fmt: skip
+            shares: bool = True, reserve: int | None = None, adapter: Adapter | None = None) -> Group:  # fmt: skip
         """Queue a group with its first sequence, whose tokens are the prompt. The list is the scheduler's from now on. reserve: None = as all."""
         assert most <= self.pool.total, f"group {id} can never fit: the engine refuses it before"
         assert width <= self.max_batch_tokens, f"group {id} has more sequences than a step has tokens: the engine refuses it before"
         group = Group(id, len(tokens), width, most, (priority, self._arrivals), scores, shares)
-        group.reserve = self.reserve if reserve is None else reserve
+        group.reserve, group.adapter = self.reserve if reserve is None else reserve, adapter
         self._arrivals += 1
         group.seqs.append(Seq(seq, group, tokens, Table(salt)))
         self._seqs[seq] = group.seqs[0]
@@ -274,7 +279,7 @@ class Scheduler:
             asked = group.scores and start + gone < group.prompt
             prompt = max(0, min(stop, group.prompt - gone) - start)
             wants = count if asked else samples * (1 + draft)
-            chunks.append(Chunk(seq.id, start, stop, samples, table.blocks, wants, ids, prompt, draft, gone))
+            chunks.append(Chunk(seq.id, start, stop, samples, table.blocks, wants, ids, prompt, draft, gone, group.adapter))
             taken += count
         return taken
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lilliput.ops.sampling import Choice, Draw
+    from lilliput.serve.runners.mover import Swap
     from lilliput.serve.scheduler import Chunk, Moves, Seq
 
 
@@ -152,12 +153,12 @@ class Controller:
 
 @dataclass(frozen=True)
 class Place:
-    """What a drafter may use: the model, its runner, and the blocks of its cache and swap space."""
+    """What a drafter may use: the model, its runner, and the blocks of its cache and its swap space."""
 
     model: Any
     runner: Any
     blocks: int
-    swap: int
+    swap: Swap
     kv: str
 
 

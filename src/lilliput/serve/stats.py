@@ -5,12 +5,15 @@ Counters never fall, so two snapshots give a rate: (b.generated - a.generated) /
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lilliput.serve.scheduler import Chunk
+
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # a step's tokens are counted in these classes, and one above
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,12 @@ class Stats:
     preempted_recompute: int  # ... and whose tokens are computed again
     drafted: int  # tokens that speculation proposed
     accepted: int  # ... and the model agreed with
+    drafts: int = 0  # steps of a sequence with guesses
+    accepted_at: tuple[int, ...] = ()  # ... of which the first, the second, ... guess was accepted
+    step_tokens: tuple[int, ...] = ()  # steps by their tokens: STEP_TOKENS
+    computed: int = 0  # tokens of all steps together, guesses included
+    running_adapters: tuple[str, ...] = ()  # of sequences that have blocks
+    waiting_adapters: tuple[str, ...] = ()
 
 
 @dataclass
@@ -49,6 +58,10 @@ class Counts:
     preempted_recompute: int = 0
     drafted: int = 0
     accepted: int = 0
+    drafts: int = 0
+    accepted_at: tuple[int, ...] = ()
+    step_tokens: tuple[int, ...] = (0,) * (len(STEP_TOKENS) + 1)
+    computed: int = 0
 
     def step(self, chunks: Sequence[Chunk], new: Sequence[int], seconds: float) -> None:
         """A step of these chunks has ended, which gave each sequence so many new tokens."""
@@ -58,7 +71,17 @@ class Counts:
         self.drafted += sum(chunk.draft for chunk in chunks)
         self.accepted += sum(count - 1 for chunk, count in zip(chunks, new) if chunk.draft and count)
         self.prompt += sum(chunk.prompt for chunk in chunks)
+        rows = sum(len(chunk.ids) for chunk in chunks)
+        self.computed += rows
+        kind = bisect_left(STEP_TOKENS, rows)
+        self.step_tokens = tuple(count + (at == kind) for at, count in enumerate(self.step_tokens))
+        guessed = [count - 1 for chunk, count in zip(chunks, new) if chunk.draft and count]
+        self.drafts += len(guessed)
+        if guessed:
+            longest = max(len(self.accepted_at), *guessed)
+            old = self.accepted_at + (0,) * (longest - len(self.accepted_at))
+            self.accepted_at = tuple(count + sum(right > at for right in guessed) for at, count in enumerate(old))
 
-    def snapshot(self, running: int, waiting: int, blocks_used: int, blocks_total: int) -> Stats:
-        """These counters beside what the engine holds now."""
-        return Stats(running, waiting, blocks_used, blocks_total, **asdict(self))
+    def snapshot(self, running: int, waiting: int, blocks_used: int, blocks_total: int, adapters: Sequence[tuple[str, ...]] = ((), ())) -> Stats:
+        """These counters beside what the engine holds now; `adapters`: of running and of waiting sequences."""
+        return Stats(running, waiting, blocks_used, blocks_total, **asdict(self), running_adapters=adapters[0], waiting_adapters=adapters[1])

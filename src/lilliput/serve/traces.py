@@ -55,6 +55,7 @@ class Tracer:
         }
         if watch.first is not None:
             attributes["gen_ai.latency.time_to_first_token"] = watch.first - watch.start
+            attributes["gen_ai.latency.time_in_queue"] = watch.queued
         span = self._tracer.start_span("llm_request", parent, SpanKind.SERVER, attributes, start_time=end - int(seconds * 1e9))
         span.end(end)
 

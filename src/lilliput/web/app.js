@@ -2,8 +2,6 @@
 import { render } from "./markdown.js";
 
 const $ = (id) => document.getElementById(id);
-const history = []; // {role, content}
-let running = null; // the AbortController of the answer that is being written
 
 function headers() {
   const key = sessionStorage.getItem("key");
@@ -12,14 +10,104 @@ function headers() {
 
 // ---- conversation
 
-function turn(role, text) {
-  $("log").querySelector(".empty")?.remove();
-  const node = document.createElement("div");
-  node.className = `turn ${role}`;
-  if (role === "user") node.textContent = text;
-  $("log").append(node);
-  return node;
+// One conversation with one model. With two columns a question goes to both, and each remembers its own answers.
+class Column {
+  constructor(log, pick) {
+    this.log = log;
+    this.pick = pick;
+    this.history = []; // {role, content}
+    this.running = null; // the AbortController of the answer that is being written
+  }
+
+  turn(role, text) {
+    this.log.querySelector(".empty")?.remove();
+    const node = document.createElement("div");
+    node.className = `turn ${role}`;
+    if (role === "user") node.textContent = text;
+    this.log.append(node);
+    return node;
+  }
+
+  empty() {
+    this.running?.abort();
+    this.history = []; // an answer that still runs keeps the old one
+    const node = document.createElement("p");
+    node.className = "empty";
+    const title = document.createElement("strong");
+    title.textContent = "What shall we talk about?";
+    node.append(title, "The model runs on this machine; nothing leaves it.");
+    this.log.replaceChildren(node);
+  }
+
+  get atEnd() {
+    return this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 60;
+  }
+
+  toEnd() {
+    this.log.scrollTop = this.log.scrollHeight;
+  }
+
+  request() {
+    const system = $("system").value.trim();
+    const messages = [...(system ? [{ role: "system", content: system }] : []), ...this.history];
+    return {
+      model: this.pick.value || undefined, messages, stream: true, stream_options: { include_usage: true }, temperature: number("temperature"),
+      top_p: number("top_p"), top_k: number("top_k"), max_tokens: number("max_tokens"), repetition_penalty: number("repetition_penalty"),
+      seed: number("seed"),
+    };
+  }
+
+  async ask(text) {
+    const { history } = this;
+    history.push({ role: "user", content: text });
+    this.turn("user", text);
+    const node = this.turn("assistant", "");
+    const said = document.createElement("div");
+    node.append(said);
+    node.classList.add("waiting");
+    this.toEnd();
+    const mine = this.running = new AbortController();
+    let answer = "", drawn = true, usage = null, reason = null, first = 0;
+    const started = performance.now();
+    const draw = () => {
+      drawn = true;
+      const stay = this.atEnd;
+      said.replaceChildren(render(answer));
+      if (stay) this.toEnd();
+    };
+    try {
+      const response = await fetch("/v1/chat/completions", { method: "POST", headers: headers(), body: JSON.stringify(this.request()), signal: mine.signal });
+      if (!response.ok) throw new Error(await refusal(response));
+      for await (const event of events(response)) {
+        if (event.error) throw new Error(event.error.message);
+        usage = event.usage || usage;
+        const choice = event.choices[0];
+        if (!choice) continue;
+        reason = choice.finish_reason || reason;
+        if (!choice.delta.content) continue;
+        first = first || performance.now();
+        answer += choice.delta.content;
+        if (drawn) { drawn = false; requestAnimationFrame(draw); }
+      }
+      draw();
+      if (usage) note(node, told(usage, first - started, performance.now() - first, reason));
+    } catch (fault) {
+      draw();
+      const stopped = fault.name === "AbortError";
+      note(node, stopped ? "stopped" : fault.message, stopped ? "" : "error");
+    }
+    node.classList.remove("waiting");
+    if (answer) history.push({ role: "assistant", content: answer });
+    else history.pop();
+    if (this.atEnd || !answer) this.toEnd();
+    if (this.running === mine) this.running = null;
+  }
 }
+
+const columns = [new Column($("log"), $("model-a")), new Column($("log-b"), $("model-b"))];
+const shown = () => ($("column-b").hidden ? columns.slice(0, 1) : columns);
+const running = () => columns.some((column) => column.running);
+const stop = () => columns.forEach((column) => column.running?.abort());
 
 function note(node, text, kind = "") {
   const line = document.createElement("div");
@@ -28,32 +116,9 @@ function note(node, text, kind = "") {
   node.append(line);
 }
 
-function empty() {
-  const node = document.createElement("p");
-  node.className = "empty";
-  const title = document.createElement("strong");
-  title.textContent = "What shall we talk about?";
-  node.append(title, "The model runs on this machine; nothing leaves it.");
-  $("log").replaceChildren(node);
-}
-
-function atEnd() {
-  const log = $("log");
-  return log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-}
-
 function number(id) {
   const value = $(id).value.trim();
   return value === "" ? undefined : Number(value);
-}
-
-function request() {
-  const system = $("system").value.trim();
-  const messages = [...(system ? [{ role: "system", content: system }] : []), ...history];
-  return {
-    messages, stream: true, stream_options: { include_usage: true }, temperature: number("temperature"), top_p: number("top_p"),
-    top_k: number("top_k"), max_tokens: number("max_tokens"), repetition_penalty: number("repetition_penalty"), seed: number("seed"),
-  };
 }
 
 // Server-sent events of a response, as parsed JSON.
@@ -75,50 +140,9 @@ async function* events(response) {
 }
 
 async function ask(text) {
-  history.push({ role: "user", content: text });
-  turn("user", text);
-  const node = turn("assistant", "");
-  const said = document.createElement("div");
-  node.append(said);
-  node.classList.add("waiting");
-  $("log").scrollTop = $("log").scrollHeight;
-  running = new AbortController();
   busy(true);
-  let answer = "", drawn = true, usage = null, reason = null, first = 0;
-  const started = performance.now();
-  const draw = () => {
-    drawn = true;
-    const stay = atEnd();
-    said.replaceChildren(render(answer));
-    if (stay) $("log").scrollTop = $("log").scrollHeight;
-  };
-  try {
-    const response = await fetch("/v1/chat/completions", { method: "POST", headers: headers(), body: JSON.stringify(request()), signal: running.signal });
-    if (!response.ok) throw new Error(await refusal(response));
-    for await (const event of events(response)) {
-      if (event.error) throw new Error(event.error.message);
-      usage = event.usage || usage;
-      const choice = event.choices[0];
-      if (!choice) continue;
-      reason = choice.finish_reason || reason;
-      if (!choice.delta.content) continue;
-      first = first || performance.now();
-      answer += choice.delta.content;
-      if (drawn) { drawn = false; requestAnimationFrame(draw); }
-    }
-    draw();
-    if (usage) note(node, told(usage, first - started, performance.now() - first, reason));
-  } catch (fault) {
-    draw();
-    const stopped = fault.name === "AbortError";
-    note(node, stopped ? "stopped" : fault.message, stopped ? "" : "error");
-  }
-  node.classList.remove("waiting");
-  if (answer) history.push({ role: "assistant", content: answer });
-  else history.pop();
-  if (atEnd() || !answer) $("log").scrollTop = $("log").scrollHeight;
-  running = null;
-  busy(false);
+  await Promise.all(shown().map((column) => column.ask(text)));
+  busy(running());
 }
 
 function told(usage, wait, spent, reason) {
@@ -146,7 +170,7 @@ function grow() {
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = $("text").value.trim();
-  if (!text || running) return;
+  if (!text || running()) return;
   $("text").value = "";
   grow();
   ask(text);
@@ -155,16 +179,14 @@ $("text").addEventListener("input", grow);
 $("text").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); $("form").requestSubmit(); }
 });
-$("stop").addEventListener("click", () => running?.abort());
+$("stop").addEventListener("click", stop);
 function restart() {
-  running?.abort();
-  history.length = 0;
-  empty();
+  columns.forEach((column) => column.empty());
   $("text").focus();
 }
 $("new").addEventListener("click", restart);
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") running?.abort();
+  if (event.key === "Escape") stop();
   if (event.altKey && event.key.toLowerCase() === "n") { event.preventDefault(); restart(); }
 });
 $("toggle").addEventListener("click", () => {
@@ -190,12 +212,53 @@ function line() {
   $("line").querySelector(".area").setAttribute("d", path && `${path}L120,32L${points[0].split(",")[0]},32Z`);
 }
 
+// Which models there are, adapters too; with two of them the second is shown beside the first.
+let known = "";
+
+function offer(models) {
+  const names = models.flatMap((one) => [one.model, ...one.adapters]);
+  if (names.join("\n") === known) return;
+  const first = known === "";
+  known = names.join("\n");
+  for (const [id, options] of [["model-a", names], ["model-b", ["", ...names]]]) {
+    const kept = $(id).value;
+    $(id).replaceChildren(...options.map((name) => new Option(name || "nobody", name)));
+    $(id).value = options.includes(kept) ? kept : options[0];
+  }
+  if (first && models.length > 1) $("model-b").value = models[1].model;
+  $("models").hidden = names.length < 2;
+  arrange();
+}
+
+function arrange() {
+  const two = $("model-b").value !== "";
+  $("column-b").hidden = $("name-a").hidden = !two;
+  $("name-a").textContent = $("model-a").value;
+  $("name-b").textContent = $("model-b").value;
+  if (!two) columns[1].empty();
+}
+
+$("model-a").addEventListener("change", () => { columns[0].empty(); arrange(); });
+$("model-b").addEventListener("change", () => { columns[1].empty(); arrange(); });
+
+// What all models do together.
+function together(models) {
+  const sum = (key) => models.reduce((total, one) => total + (one[key] || 0), 0);
+  const keys = ["generated", "running", "waiting", "prefix_hits", "prefix_queries", "preempted_swap", "preempted_recompute", "drafted", "accepted",
+    "blocks_used", "blocks_total"];
+  const slowest = Math.max(...models.map((one) => one.last_step_seconds || 0));
+  return { ...Object.fromEntries(keys.map((key) => [key, sum(key)])), last_step_seconds: slowest };
+}
+
 const share = (part, whole) => (whole ? `${(100 * part / whole).toFixed(0)} %` : "\u2013");
 
-function show(stats, now) {
-  $("model").textContent = stats.model;
-  document.title = `Lilliput \u00b7 ${stats.model}`;
-  if (stats.blocks_total === undefined) return; // an encoder: nothing to watch
+function show(answer, now) {
+  const names = answer.models.map((one) => one.model).join(", ");
+  $("model").textContent = names;
+  document.title = `Lilliput \u00b7 ${names}`;
+  offer(answer.models);
+  const stats = together(answer.models);
+  if (!stats.blocks_total) return; // an encoder: nothing to watch
   if (before) {
     speeds.push(Math.max(0, (stats.generated - before.generated) / ((now - before.at) / 1000)));
     if (speeds.length > SECONDS) speeds.shift();
@@ -230,7 +293,7 @@ async function look() {
   }
 }
 
-empty();
+restart();
 if (matchMedia("(max-width: 780px)").matches) $("toggle").click();
 look();
 setInterval(() => { if (!document.hidden) look(); }, 1000);

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lilliput.ops.sampling import Draw
+    from lilliput.serve.adapters import Adapter
     from lilliput.serve.scheduler import Chunk, Moves
     from lilliput.serve.speculative import Place
 
@@ -75,13 +76,17 @@ class ByModel:
         position, token = self._last.pop(chunk.id, (-2, 0))
         if self.own and position == start - 1:
             ids, start = [token, *ids], position
-        return replace(chunk, start=start, stop=chunk.stop - chunk.draft, ids=ids, wants=min(1, chunk.draft), draft=0)
+        return replace(chunk, start=start, stop=chunk.stop - chunk.draft, ids=ids, wants=min(1, chunk.draft), draft=0, adapter=self._adapter(chunk))
 
-    @staticmethod
-    def _one(chunk: Chunk, step: int) -> Chunk:
+    def _adapter(self, chunk: Chunk) -> Adapter | None:
+        """Another model has none of this one's adapters: it guesses as if there were none."""
+        return None if self.own else chunk.adapter
+
+    def _one(self, chunk: Chunk, step: int) -> Chunk:
         """The guess before guess `step`, alone."""
         at = len(chunk.ids) - chunk.draft + step - 1
-        return replace(chunk, start=chunk.start + at, stop=chunk.start + at + 1, ids=[chunk.ids[at]], wants=1, draft=0)
+        return replace(chunk, start=chunk.start + at, stop=chunk.start + at + 1, ids=[chunk.ids[at]], wants=1, draft=0,
+                       adapter=self._adapter(chunk))  # fmt: skip
 
     @staticmethod
     def _pick(logits_V: Tensor, how: Draw) -> tuple[int, Tensor | None]:

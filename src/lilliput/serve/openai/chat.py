@@ -24,13 +24,13 @@ from lilliput.serve.structured import Matched
 
 async def start(served: Served, body: ChatRequest) -> Chat:
     """The request, checked and ready to run. ApiError for what cannot be answered."""
-    served.check_model(body.model)
+    adapter = served.adapter_of(body.model)
     bare = tools.is_bare(served.tokenizer.chat_template or "")
     functions = [] if body.tool_choice == "none" else [tool.function.plain() for tool in body.tools or ()]
     prompt = await served.encode_chat([message.plain() for message in body.messages], functions)
     guide = await _guide(served, body, functions, bare)
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    more: dict[str, Any] = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None, "guide": guide}
+    more: dict[str, Any] = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None, "guide": guide, "adapter": adapter}
     try:
         sampling = body.sampling(served.room(len(prompt), asked, None), served.defaults, **more)
     except UserError as error:
@@ -89,7 +89,7 @@ class Chat:
         """`names`: of the tools that may be called."""
         self.run, self.body = run, body
         self.answers = [Answer(run.served, names, bare) for _ in range(run.sampling.n)]
-        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": run.served.name}
+        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": run.model}
 
     async def whole(self) -> Json:
         """The one document."""

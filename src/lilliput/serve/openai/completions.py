@@ -26,7 +26,7 @@ MOST_PROMPTS = 128
 
 async def start(served: Served, body: CompletionRequest) -> Completion:
     """The request, checked and ready to run. ApiError for what cannot be answered."""
-    served.check_model(body.model)
+    adapter = served.adapter_of(body.model)
     asked = body.prompts()
     if not 1 <= len(asked) <= MOST_PROMPTS:
         raise ApiError(f"prompt holds {len(asked)} prompts, 1 to {MOST_PROMPTS} are taken", "prompt")
@@ -35,7 +35,7 @@ async def start(served: Served, body: CompletionRequest) -> Completion:
     guide = None if body.structured_outputs is None else await chat.structured(served, body.structured_outputs)
     if body.stream and (body.best_of or 1) > (body.n or 1):
         raise ApiError("best_of cannot be streamed: the best answers are known at the end", "best_of")
-    more: dict[str, Any] = {"logprobs": body.logprobs, "best_of": body.best_of, "guide": guide}
+    more: dict[str, Any] = {"logprobs": body.logprobs, "best_of": body.best_of, "guide": guide, "adapter": adapter}
     more["prompt_logprobs"] = body.logprobs if body.echo else None
     try:
         room = 1 if only_prompt else served.room(max(map(len, prompts)), body.max_tokens, DEFAULT_TOKENS)
@@ -54,7 +54,7 @@ class Completion:
         tokenizer, n = run.served.tokenizer, run.sampling.n
         texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special=False) for prompt in asked]
         self.answers = [Answer(run.served, body, texts[at // n], run.prompts[at // n], only_prompt) for at in range(n * len(asked))]
-        self._head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()), "model": run.served.name}
+        self._head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()), "model": run.model}
 
     def _usage(self) -> Json:
         usage = self.run.usage()

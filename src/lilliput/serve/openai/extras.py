@@ -1,4 +1,4 @@
-"""The small routes: /v1/embeddings, /tokenize, /detokenize."""
+"""The small routes: /v1/embeddings, /tokenize, /detokenize, /v1/load_lora_adapter, /v1/unload_lora_adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from lilliput.base.errors import UserError
 from lilliput.serve.openai.errors import ApiError, from_user_error
-from lilliput.serve.openai.protocol import DetokenizeRequest, EmbeddingRequest, Json, TokenizeRequest
+from lilliput.serve.openai.protocol import DetokenizeRequest, EmbeddingRequest, Json, LoadAdapterRequest, TokenizeRequest, UnloadAdapterRequest
 from lilliput.serve.openai.served import Served
 
 MOST_TEXTS = 2048  # as at OpenAI
@@ -17,7 +17,7 @@ MOST_TEXTS = 2048  # as at OpenAI
 
 async def embeddings(served: Served, body: EmbeddingRequest) -> Json:
     """A vector for each text. ApiError where embeddings are off."""
-    served.check_model(body.model)
+    served.adapter_of(body.model)
     if served.embedder is None:
         raise ApiError("embeddings are off on this server; start it with http.embeddings=mean", "model")
     texts: Sequence[str | list[int]] = [body.input] if isinstance(body.input, str) else body.input  # type: ignore[assignment]
@@ -54,7 +54,7 @@ def _shortened(vector: list[float], dim: int) -> list[float]:
 
 async def tokenize(served: Served, body: TokenizeRequest) -> Json:
     """The ids of a text or of a chat."""
-    served.check_model(body.model)
+    served.adapter_of(body.model)
     if body.prompt is not None:
         ids = await served.encode(body.prompt, body.add_special_tokens, "prompt")
     else:
@@ -66,10 +66,36 @@ async def tokenize(served: Served, body: TokenizeRequest) -> Json:
 
 async def detokenize(served: Served, body: DetokenizeRequest) -> Json:
     """The text of ids."""
-    served.check_model(body.model)
+    served.adapter_of(body.model)
     try:
         if strangers := [number for number in body.tokens if not 0 <= number < served.tokenizer.vocab_size]:
             raise ApiError(f"token id {strangers[0]} is not in the vocabulary of {served.tokenizer.vocab_size}", "tokens")
         return {"prompt": served.tokenizer.decode(body.tokens, skip_special=False)}
     except UserError as error:
         raise from_user_error(error, "tokens") from error
+
+
+async def load_adapter(served: Served, body: LoadAdapterRequest) -> str:
+    """Load an adapter from the server's folder of adapters; requests name it as their `model`. ApiError where that is off or it does not fit."""
+    if served.library is None:
+        raise ApiError("adapters are off on this server; start it with serve.adapters=FOLDER", status=403)
+    if body.lora_name == served.name or (body.lora_name in served.adapters and not body.load_inplace):
+        raise ApiError(f"`{body.lora_name}` is loaded already; load_inplace replaces an adapter", "lora_name")
+    try:
+        place = served.library.place(body.lora_path)
+        await served.generator.load(body.lora_name, place, replace=body.load_inplace)
+    except UserError as error:
+        refusal = from_user_error(error, "lora_path")
+        refusal.message = refusal.message.replace(str(served.library.folder), ".")  # clients know the folder's inside alone
+        raise refusal from error
+    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+
+
+async def unload_adapter(served: Served, body: UnloadAdapterRequest) -> str:
+    """Take no more requests for an adapter; those that run end with it. ApiError where it is not loaded."""
+    if served.library is None:
+        raise ApiError("adapters are off on this server; start it with serve.adapters=FOLDER", status=403)
+    if body.lora_name not in served.adapters:
+        raise ApiError(f"no adapter is named `{body.lora_name}`", "lora_name", 404)
+    await served.generator.unload(body.lora_name)
+    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."

@@ -302,6 +302,23 @@ class EmbeddingRequest(Body):
     user: str | None = None
 
 
+class LoadAdapterRequest(Body):
+    """POST /v1/load_lora_adapter. `load_inplace`: an adapter of this name is replaced. `model`: which of several models gets it; the first."""
+
+    lora_name: str = Field(min_length=1, max_length=200)
+    lora_path: str = Field(min_length=1, max_length=4096)
+    load_inplace: bool = False
+    model: str | None = None
+
+
+class UnloadAdapterRequest(Body):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str
+    lora_int_id: int | None = None  # vLLM takes it and goes by the name, too
+    model: str | None = None
+
+
 class TokenizeRequest(Body):
     """POST /tokenize: a text, or a chat as the model sees it."""
 

@@ -210,7 +210,7 @@ class Answering:
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
-            "model": self.talk.run.served.name,
+            "model": self.talk.run.model,
             "output": self.items.output,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,

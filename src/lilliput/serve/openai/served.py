@@ -23,6 +23,7 @@ from lilliput.serve.request import Delta, Sampling
 if TYPE_CHECKING:
     from lilliput.base.job import Http
     from lilliput.data.tokenizer import Tokenizer
+    from lilliput.serve.adapters import Library
     from lilliput.serve.embeddings import Embedder
     from lilliput.serve.structured import Grammars, Matched
 
@@ -41,6 +42,7 @@ class Served:
     engine: AsyncEngine | None = None
     embedder: Embedder | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of sampling, where a request says nothing
+    library: Library | None = None  # where adapters are loaded from; None: from nowhere
     created: int = field(default_factory=lambda: int(time.time()))
     open: int = 0  # requests in flight
 
@@ -60,10 +62,19 @@ class Served:
             raise ApiError(f"`{self.name}` is an encoder: it gives embeddings and writes no text", "model")
         return self.engine
 
-    def check_model(self, asked: str | None) -> None:
-        """ApiError 404 for a model that is not served here."""
-        if asked is not None and asked != self.name:
-            raise ApiError(f"the model `{asked}` is not served here; this is `{self.name}`", "model", 404, "model_not_found")
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return () if self.engine is None else self.engine.engine.adapters.names
+
+    def adapter_of(self, asked: str | None) -> str:
+        """The adapter that a request's `model` names, empty for the model itself. ApiError 404 for what is not served here."""
+        if asked is None or asked == self.name:
+            return ""
+        if asked not in self.adapters:
+            others = f", with the adapters {', '.join(self.adapters)}" if self.adapters else ""
+            raise ApiError(f"the model `{asked}` is not served here; this is `{self.name}`{others}", "model", 404, "model_not_found")
+        return asked
 
     def admit(self) -> None:
         """ApiError 503 when as many requests are in flight as may be, or the server is stopping."""
@@ -124,6 +135,7 @@ class Run:
     def __init__(self, served: Served, prompts: Sequence[Sequence[int]], sampling: Sampling, param: str) -> None:
         """ApiError for what can never run; `param`: the field that holds the prompt."""
         self.served, self.prompts, self.sampling = served, prompts, sampling
+        self.model = sampling.adapter or served.name
         self.watches: list[Watch] = []
         served.admit()
         for prompt in prompts:

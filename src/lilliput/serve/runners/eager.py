@@ -12,16 +12,20 @@ which is a quarter of a small model's weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from lilliput.models.decoder import Decoder
+from lilliput.models.deltas import Grouped, Rows
+from lilliput.models.layers import Linear
 from lilliput.ops.attention import attend
+from lilliput.ops.low_rank import Pair
+from lilliput.serve.adapters import segments
 from lilliput.serve.blocks import BLOCK, blocks_for, consecutive, slots
-from lilliput.serve.runners.mover import Mover
+from lilliput.serve.runners.mover import NO_SWAP, Mover, Swap
 from lilliput.serve.scheduler import Chunk
 
 Cached = Callable[[int], tuple[Tensor, ...]]  # layer -> keys and values [1, G, S, D] of one sequence
@@ -30,9 +34,9 @@ Cached = Callable[[int], tuple[Tensor, ...]]  # layer -> keys and values [1, G, 
 class Eager:
     """One model and its cache of `blocks` blocks."""
 
-    def __init__(self, model: Decoder, blocks: int, swap: int = 0) -> None:
-        """Memory: 2 x layers x kv_heads x head_dim x 16 elements a block, fp32 on CPUs, the model's dtype on CUDA; the same for each of the
-        `swap` blocks of swap space, on the host, when the first is used."""
+    def __init__(self, model: Decoder, blocks: int, swap: Swap = NO_SWAP) -> None:
+        """Memory: 2 x layers x kv_heads x head_dim x 16 elements a block, fp32 on CPUs, the model's dtype on CUDA; the same for each
+        block of swap space, on the host or in a file, when the first is used."""
         weight, kv = next(model.parameters()), model.facts.kv
         assert kv is not None, "a decoder states the shape of its keys and values"
         self.model, self.device = model, weight.device
@@ -41,12 +45,19 @@ class Eager:
         self.store_2LGSD = torch.empty(2, kv.layers, kv.kv_heads, blocks * BLOCK, kv.head_dim, dtype=dtype, device=self.device)
         blocks_2LGBTD = self.store_2LGSD.unflatten(3, (blocks, BLOCK))
         self.move = Mover([blocks_2LGBTD.movedim(3, 0)], swap).move
+        self._rows = Rows()
 
     def refuses(self, positions: str, mass: bool) -> str | None:
         """Why it cannot keep positions so while tokens leave the cache; None when it can."""
         if positions == "in_cache" or mass:
             return "the eager runner stores rotated keys and does not give out attention: serve.runner=native"
         return None
+
+    def lower(self, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+        """An adapter in the form that `forward` reads from chunks."""
+        weight = next(self.model.parameters())
+        dtype = weight.dtype if weight.is_cuda else torch.float32
+        return {path: (a.to(self.device, dtype), b.to(self.device, dtype)) for path, (a, b) in pairs.items()}
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], mass: Tensor | None = None) -> Tensor:
@@ -65,8 +76,21 @@ class Eager:
             queries = q_1HTD.split(rows, 2)
             return torch.cat([attend(q, *cached(layer), causal=True, window=window) for q, cached in zip(queries, caches)], 2)
 
+        self._rows.segments = self._adapted(chunks)
         h_1TC = self.model.hidden(self._tensor(tokens)[None], self._tensor(positions)[None], attend=paged)
+        self._rows.segments = []
         return self.model.head(h_1TC[0, self._tensor(sampled)])
+
+    def _adapted(self, chunks: Sequence[Chunk]) -> list[tuple[int, int, dict[str, Pair]]]:
+        """Which rows are which adapter's. Every Linear that one of them changes gets its `Grouped`, or the one that another runner has left."""
+        found = segments(chunks)
+        for path in {path for _, _, pairs in found for path in pairs}:
+            linear = self.model.get_submodule(path)
+            assert isinstance(linear, Linear), f"{path} is no Linear: adapters are read for the model's own"
+            grouped = linear.deltas["served"] if "served" in linear.deltas else Grouped(path, linear.outputs)
+            assert isinstance(grouped, Grouped), "the name is ours"
+            linear.deltas["served"], grouped.rows = grouped, self._rows
+        return found
 
     def _cached(self, chunk: Chunk) -> Cached:
         """How to read the cache of a sequence up to the chunk's end: views made once a step, or a gather in each layer."""

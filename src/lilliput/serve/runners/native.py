@@ -6,24 +6,26 @@ say how), so the same request gives the same answer alone and in a crowd. Python
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from lilliput.models.native import NativeDecoder
+from lilliput.models.native import NativeDecoder, lower_adapter
+from lilliput.ops.low_rank import LowRank, Pair
 from lilliput.ops.paged import KvStore
+from lilliput.serve.adapters import segments
 from lilliput.serve.blocks import BLOCK
-from lilliput.serve.runners.mover import Mover
+from lilliput.serve.runners.mover import NO_SWAP, Mover, Swap
 from lilliput.serve.scheduler import Chunk
 
 
 class Native:
     """A lowered model and its cache of `blocks` blocks, stored as `kv`."""
 
-    def __init__(self, model: NativeDecoder, blocks: int, kv: str = "fp32", swap: int = 0) -> None:
-        """Memory: see KvStore.bytes_per_token; the same for `swap` blocks of swap space when the first is used."""
+    def __init__(self, model: NativeDecoder, blocks: int, kv: str = "fp32", swap: Swap = NO_SWAP) -> None:
+        """Memory: see KvStore.bytes_per_token; the same for each block of swap space when the first is used."""
         spec = model.spec
         self.model = model
         self.store = KvStore(layers=spec.layers, blocks=blocks, kv_heads=spec.kv_heads, head_dim=spec.head_dim, codec=kv, block=BLOCK)
@@ -42,6 +44,10 @@ class Native:
         if positions == "absolute" and self.model.plan.on_read:
             return "the model was loaded for positions inside the cache, and this policy keeps those of the text"
         return "two 4-bit keys share a byte, and this policy moves single keys" if mass and self.store.codec == "int4" else None
+
+    def lower(self, pairs: Mapping[str, Pair]) -> LowRank:
+        """An adapter in the form that `forward` reads from chunks."""
+        return lower_adapter(self.model.spec, pairs)
 
     def forward(self, chunks: Sequence[Chunk], mass: Tensor | None = None) -> Tensor:
         """Logits fp32 [rows that chunks want, vocab], in order. Writes the new keys and values; mass: ops.step.decoder_step."""
@@ -69,6 +75,7 @@ class Native:
             _int32([row for chunk, end in zip(chunks, ends) for row in range(end - chunk.wants, end)]),
             layers,
             mass,
+            segments(chunks),
         )
 
 

@@ -1,0 +1,56 @@
+"""Low-rank updates of some rows of a batch: y += (x A^T) B^T, each segment of rows with matrices of its own (many LoRA adapters at once).
+
+Rows of one adapter lie side by side, so a batch is a few segments: x A^T of all of them, then B of all of them, two regions of
+small tasks whatever their number (SGMV of Punica). Nothing is padded to the largest rank and nothing is merged. A row's sums are
+those of the row alone, so an adapter's answer is bit-equal in any batch, as everything else on the native plan is.
+
+Cost: 2 rank (inputs + outputs) flops a row and product, and the adapter's matrices read once a step: 2 to 3 % of a 135M model at rank 8.
+
+`grouped` is the same by plain torch: the eager runner's, and the reference. Chen et al. 2023 (Punica), arXiv 2310.18547, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lilliput.ops import float_codecs, native
+
+Pair = tuple[Tensor, Tensor]  # A [rank, inputs], B [outputs, rank]; the scale is in B
+Segment = tuple[int, int, Any]  # first row, the row after the last, whose
+
+
+class LowRank:
+    """One adapter lowered for ops/step.py: updates of the products of each layer. Owns what its native half points to."""
+
+    def __init__(self, layers: int) -> None:
+        assert native.module() is not None, "ask native.missing() before lowering an adapter"
+        self._native = native.module().Adapter(layers)
+        self._held: list[Any] = []
+        self.bytes = 0
+
+    def put(self, layer: int, slot: int, parts: Sequence[tuple[int, Pair]]) -> None:
+        """Update a product (its number in ops.step.LAYER_SLOTS): (first output, pair) of each part of it that has one."""
+        packed_a = float_codecs.encode(torch.cat([a for _, (a, _) in parts]), "f32")
+        packed, at = [], 0
+        for output, (a, b) in parts:
+            packed.append((float_codecs.encode(b, "f32"), at, output))
+            at += a.shape[0]
+        self._held += [packed_a, packed]
+        self.bytes += packed_a.bytes + sum(weight.bytes for weight, _, _ in packed)
+        self._native.put(layer, slot, packed_a.native(), [(weight.native(), first, output) for weight, first, output in packed])
+
+    def native(self) -> Any:
+        """The extension's half; valid while this object lives."""
+        return self._native
+
+
+def grouped(x: Tensor, segments: Sequence[tuple[int, int, Pair]], outputs: int) -> Tensor:
+    """The updates [..., rows, outputs] of x [..., rows, inputs]; zero in rows of no segment."""
+    y = x.new_zeros(*x.shape[:-1], outputs)
+    for start, stop, (a, b) in segments:
+        y[..., start:stop, :] = torch.nn.functional.linear(torch.nn.functional.linear(x[..., start:stop, :], a), b)
+    return y
