@@ -150,23 +150,23 @@ constexpr int ROWS = 2, WIDE = 1, ALONE = 1;
 constexpr int ASKED = 16;  // inputs between two requests for what is wanted next
 constexpr int FEW = 3;  // rows below which decoding in registers is cheaper
 
-// Rows from..: all chunks of the inputs for NP panels whose decoded numbers lie in `wide`; sums wait in y between chunks. soon: bytes that are
-// wanted next, `each` an input, asked for meanwhile; null: nothing.
-template <int MR, int NP>
-void decoded(const float* wide, const float* x, long x_stride, int row, int from, int to, float* sums, bool first, const uint8_t* const* soon, int each) {
+// Rows from..: a chunk of the inputs for NP panels whose decoded numbers lie in `wide`, `apart` numbers from panel to panel; sums wait between
+// chunks. soon: bytes that are wanted next, `each` an input, asked for meanwhile, into the nearest cache (NEAR) or the next one; null: nothing.
+template <int MR, int NP, bool NEAR>
+void decoded(const float* wide, long apart, const float* x, long x_stride, int row, int from, int to, float* sums, bool first, const uint8_t* const* soon, int each) {
   const float* rows[MR];
   for (int i = 0; i < MR; i++) rows[i] = x + (row + i) * x_stride;
   vf acc[MR][NP][V];
   for (int i = 0; i < MR; i++)
     for (int j = 0; j < NP; j++)
       for (int v = 0; v < V; v++) acc[i][j][v] = first ? zero() : load(sums + (long(row + i) * NP + j) * PANEL + v * W);
-  if (!soon) chain<MR, NP, F32, SYMMETRIC>(acc, nullptr, wide, long(CHUNK) * PANEL, rows, from, to);
+  if (!soon) chain<MR, NP, F32, SYMMETRIC>(acc, nullptr, wide, apart, rows, from, to);
   else
     for (int k = from; k < to; k += ASKED) {
       const int end = k + ASKED < to ? k + ASKED : to;
       for (int j = 0; j < NP; j++)
-        for (int b = (k - from) * each; b < (end - from) * each; b += 64) __builtin_prefetch(soon[j] + b);
-      chain<MR, NP, F32, SYMMETRIC>(acc, nullptr, wide + long(k - from) * PANEL, long(CHUNK) * PANEL, rows, k, end);
+        for (int b = (k - from) * each; b < (end - from) * each; b += 64) __builtin_prefetch(soon[j] + b, 0, NEAR ? 3 : 2);
+      chain<MR, NP, F32, SYMMETRIC>(acc, nullptr, wide + long(k - from) * PANEL, apart, rows, k, end);
     }
   for (int i = 0; i < MR; i++)
     for (int j = 0; j < NP; j++)
@@ -181,11 +181,19 @@ void many(const Weight& w, const float* x, long x_stride, int r0, int r1, int pa
   alignas(64) float sums[TALL * NP * PANEL];
   Panel p[NP];
   for (int j = 0; j < NP; j++) p[j] = panel_of<F>(w, panel + j);
-  for (int from = 0; from < w.inputs; from += CHUNK) {
-    const int to = from + CHUNK < w.inputs ? from + CHUNK : w.inputs;
-    for (int j = 0; j < NP; j++)
-      for (int k = from; k < to; k++)
-        for (int v = 0; v < V; v++) store(wide + (long(j) * CHUNK + k - from) * PANEL + v * W, number<F, O>(p[j], k, v));
+  constexpr int STRETCH = F == F32 ? 4 * CHUNK : CHUNK;  // fp32 numbers are used where they lie: longer, and not through the nearest cache
+  for (int from = 0; from < w.inputs; from += STRETCH) {
+    const int to = from + STRETCH < w.inputs ? from + STRETCH : w.inputs;
+    const float* numbers = wide;
+    long apart = long(CHUNK) * PANEL;
+    if (F == F32) {  // they lie there as they are wanted
+      numbers = reinterpret_cast<const float*>(p[0].data) + long(from) * PANEL;
+      apart = long(w.inputs) * PANEL;
+    } else {
+      for (int j = 0; j < NP; j++)
+        for (int k = from; k < to; k++)
+          for (int v = 0; v < V; v++) store(wide + (long(j) * CHUNK + k - from) * PANEL + v * W, number<F, O>(p[j], k, v));
+    }
     const uint8_t* soon[NP];  // the next chunk of these panels, or the first of the next ones; what lies beyond the end is no fault
     const int each = F == F32 ? 4 * PANEL : F == F16 ? 2 * PANEL : F == W8 || F == E4M3 || F == E5M2 ? PANEL : PANEL / 2;
     for (int j = 0; j < NP; j++)
@@ -196,7 +204,7 @@ void many(const Weight& w, const float* x, long x_stride, int r0, int r1, int pa
       const uint8_t* const* asked = i == 0 ? soon : nullptr;
       float* base = sums - long(r0) * NP * PANEL;
       switch (rows) {
-#define ROWS_OF(n) case n: decoded<n, NP>(wide, x, x_stride, r, from, to, base, from == 0, asked, each); break;
+#define ROWS_OF(n) case n: decoded<n, NP, F != F32>(numbers, apart, x, x_stride, r, from, to, base, from == 0, asked, each); break;
         ROWS_OF(1) ROWS_OF(2)
 #if defined(__AVX2__)
         ROWS_OF(3) ROWS_OF(4) ROWS_OF(5) ROWS_OF(6)
