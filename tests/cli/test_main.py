@@ -236,6 +236,15 @@ def test_plan_that_does_not_fit_has_code_3_and_a_fix():
     assert "fit" in result.output
 
 
+def test_plan_draws_a_picture(tmp_path):
+    words = ["model=tiny", "data.sequence=64", "train.micro_batch=1", "train.tokens_per_step=64", "remat.every=1"]
+    result = call("plan", *words, "--picture", str(tmp_path / "memory.svg"))
+    assert result.exit_code == 0, result.output
+    assert "</svg>" in (tmp_path / "memory.svg").read_text()
+    assert call("plan", *words, "--picture", str(tmp_path / "memory.gif")).exit_code == 2
+    assert call("plan", "--serve", "1", "--picture", "x.svg").exit_code == 2
+
+
 def test_show_config_names_each_source(tmp_path):
     file = tmp_path / "job.toml"
     file.write_text('model = "tiny"\n[train]\nsteps = 7\n')

@@ -111,3 +111,33 @@ report.to_dict(found), report.rows(found), report.sentences(found)
 assert "torch" not in sys.modules, "plan loaded torch"
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_what_lies_on_the_host_is_held_against_the_hosts_memory() -> None:
+    """A GPU of 16 GiB and a host of 32: 2 of 16 bytes a parameter on the one, 14 on the other; a CPU has one memory for both."""
+    from dataclasses import replace
+
+    job = Job.load(None, ["model=smollm2-135m", "data.sequence=256", "train.tokens_per_step=256", "offload=on"])
+    known = facts(replace(PRESETS["llama-3m"], layers=400))
+    gpu, small = machine(16, "cuda"), machine(1)
+    apart = estimate_training(job, known, replace(gpu, host=machine(32).device))
+    count = known.parameters
+    assert apart.ledger.peak("host")[0] == 14 * count + apart.ledger.bytes("staged copies")
+    assert apart.ledger.bytes("parameters") == 2 * count and apart.fits
+    assert set(apart.seconds) == {"compute", "host"}, "the update is the host's work"
+    crowded = estimate_training(job, known, replace(gpu, host=small.device))
+    assert crowded.peak == apart.peak <= crowded.budget and not crowded.fits
+    assert "the host needs" in crowded.verdict()[1]
+    together = estimate_training(job, known, machine(16))
+    assert together.peak >= 16 * count and "host" not in together.seconds
+
+
+def test_a_fix_may_send_the_optimizer_to_the_host() -> None:
+    from dataclasses import replace
+
+    known = facts(replace(PRESETS["llama-3m"], layers=2000))
+    job = Job.load(None, ["model=smollm2-135m", "data.sequence=64", "train.tokens_per_step=64"])
+    gpu = estimate_training(job, known, replace(machine(8, "cuda"), host=machine(64).device))
+    assert not gpu.fits and any(fix.words.startswith("offload=on") and fix.fits for fix in gpu.fixes)
+    cpu = estimate_training(job, known, machine(8))
+    assert not any("offload=on" == fix.words for fix in cpu.fixes), "it frees nothing where there is one memory"

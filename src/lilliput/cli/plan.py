@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,6 +24,7 @@ def plan(
     words: Annotated[list[str] | None, typer.Argument(metavar="JOB.toml | KEY=VALUE", hidden=True)] = None,
     serve: Annotated[int, typer.Option("--serve", help="Plan answering this many requests at once instead of training.", show_default=False)] = 0,
     context: Annotated[int, typer.Option(help="With --serve: tokens of each request; default the model's.", show_default=False)] = 0,
+    picture: Annotated[Path | None, typer.Option(help="Draw the device's memory through one micro-batch (.svg or .png).", show_default=False)] = None,
     json: common.Json = False,
     dry_run: common.DryRun = False,
     show_config: common.ShowConfig = False,
@@ -38,6 +40,7 @@ def plan(
       lilliput plan
       lilliput plan model=llama-7b hardware=a100-dgx lora=on dtype=bf16
       lilliput plan job.toml data.sequence=2048 --json
+      lilliput plan remat.plan=sqrt --picture memory.svg
       lilliput plan model=llama-7b hardware=laptop --serve 4 --context 2048
     """
     from lilliput import api
@@ -50,9 +53,27 @@ def plan(
     if show_config:
         common.show_settings(show, settled(job))
         return OK
+    if serve and picture is not None:
+        raise UserError("--picture draws a training step", "--serve plans answers", "leave one of them out")
     if serve < 0 or context < 0 or (context and not serve):
         raise UserError(f"--serve {serve} --context {context} is no plan", "both count from 1, and --context belongs to --serve", "--serve 1 --context 2048")
-    return present(serving(job, serve, context) if serve else api.plan(job), show)
+    estimate = serving(job, serve, context) if serve else api.plan(job)
+    code = present(estimate, show)
+    if picture is not None:
+        draw(job, picture, show)
+    return code
+
+
+def draw(job: Job, path: Path, show: Show) -> None:
+    """Trace a step of the job without computing it, and draw the device's memory through it."""
+    from lilliput import api
+    from lilliput.models.load import resolve_spec
+    from lilliput.plan import picture
+
+    picture.check(path)
+    spec, _ = resolve_spec(job.top.model, fetch=False)
+    planned, plain = picture.timelines(job, spec, api.plan(job))
+    show.line(f"drew {picture.draw(planned, plain, path, f'{job.top.model}: one micro-batch')}")
 
 
 def serving(job: Job, sequences: int, context: int) -> ServingEstimate:

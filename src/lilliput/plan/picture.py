@@ -1,0 +1,126 @@
+"""Picture: the device's memory through one micro-batch, as it is simulated: what stays, and what the forward and the backward pass add.
+
+The blue area is the job as it will run, under its memory plan where it has one; the grey line is the same model with everything kept.
+Nothing is loaded and nothing is computed: the step is traced on tensors without memory (about a second for thirty blocks).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lilliput.base.errors import UserError
+
+if TYPE_CHECKING:
+    from lilliput.base.job import Job
+    from lilliput.models.spec import DecoderSpec
+    from lilliput.parallel.rig import Rig
+    from lilliput.plan.estimate import Estimate
+
+KINDS = (".svg", ".png")
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Bytes of the device after each event of a micro-batch; `standing` of them are weights and optimizer, there all the time."""
+
+    name: str
+    standing: int
+    line: tuple[int, ...]
+    forwards: int  # events of the forward pass
+
+    @property
+    def peak(self) -> int:
+        """The most."""
+        return max(self.line)
+
+
+def timelines(job: Job, spec: DecoderSpec, estimate: Estimate) -> tuple[Timeline, Timeline]:
+    """(the job as planned, the same with every activation kept). Loads torch."""
+    rig = _outlined(job, spec, estimate, job.rooms)
+    blind = {name: room for name, room in job.rooms.items() if not _plans(room)}
+    return _simulated("as planned", rig), _simulated("everything kept", _outlined(job, spec, estimate, blind))
+
+
+def check(path: Path) -> None:
+    """UserError for a picture of another kind than .svg and .png."""
+    if path.suffix not in KINDS:
+        raise UserError(f"cannot draw {path}", f"`{path.suffix}` is no kind of picture that is made here", f"--picture {path.with_suffix('.svg')}")
+
+
+def draw(planned: Timeline, plain: Timeline, path: Path, title: str) -> Path:
+    """Write the picture; its suffix says whether it is .svg or .png."""
+    check(path)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    spread = lambda t: [i / len(t.line) for i in range(len(t.line))]
+    mib = lambda values: [v / 2**20 for v in values]
+    axes.plot(spread(plain), mib(plain.line), color="#9a9a9a", linewidth=1, drawstyle="steps-post", label=f"{plain.name}: {plain.peak / 2**20:,.0f} MiB")
+    axes.fill_between(spread(planned), mib(planned.line), step="post", color="#b9cbe0")
+    axes.plot(spread(planned), mib(planned.line), color="#1f5a96", linewidth=1.4, drawstyle="steps-post",
+              label=f"{planned.name}: {planned.peak / 2**20:,.0f} MiB")  # fmt: skip
+    axes.axhspan(0, planned.standing / 2**20, color="#7f9ab8", label=f"weights and optimizer: {planned.standing / 2**20:,.0f} MiB")
+    axes.axvline(planned.forwards / len(planned.line), color="#c2541b", linewidth=1, linestyle=":", label="the backward pass begins")
+    axes.set(xlabel="events of one micro-batch", ylabel="MiB on the device", title=title, xlim=(0, 1), ylim=(0, None))
+    axes.set_xticks([])
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format=path.suffix[1:], dpi=120)
+    temporary.replace(path)
+    pyplot.close(figure)
+    return path
+
+
+def _plans(room: Any) -> bool:
+    from lilliput.base.protocols import Phase
+
+    return Phase.REMAT in room.acts()
+
+
+def _outlined(job: Job, spec: DecoderSpec, estimate: Estimate, rooms: Any) -> Rig:
+    import torch
+
+    from lilliput.models.decoder import Decoder, init_tensor
+    from lilliput.parallel.rig import outline
+
+    with torch.device("meta"):
+        model = Decoder(spec)
+    model.dropout = job.train.dropout
+    fresh = lambda name, shape, seed: init_tensor(name, shape, seed, spec)
+    return outline(model, rooms, site=estimate.site, device=torch.device("cpu"), seed=0, dtype=estimate.dtype, read=None, init=fresh, clip=job.train.clip)
+
+
+def _simulated(name: str, rig: Rig) -> Timeline:
+    import torch
+
+    from lilliput.data.batch import MicroBatch
+    from lilliput.memory.lower import lower
+    from lilliput.memory.planned import Planned
+    from lilliput.memory.simulate import simulate
+    from lilliput.models.checkpoints import STORED
+
+    planned = rig.objective
+    if not isinstance(planned, Planned):
+        stored = lambda name: getattr(torch, STORED[rig.home(name).codec][0])
+        planned = Planned(rig.objective, lambda trace: (name, {}), "cpu", stored, leave=rig.leaving())
+        tokens_BT = torch.empty(rig.site.sequences, rig.site.tokens, dtype=torch.int64, device="meta")
+        planned.prepare(rig.model, MicroBatch(tokens_BT, tokens_BT.clone(), tokens_BT.numel()), False)
+    schedule = max(planned.ready.values(), key=lambda ready: ready.simulation.peak["device"]).executor.schedule
+    found = simulate(lower(schedule.trace, schedule.decisions), timeline=True)
+    standing = rig.standing() + sum(s.bytes for s in schedule.trace.storages if s.external and s.kind == "gradient")
+    middle = next((i for i, (event, _) in enumerate(found.timeline) if event >= _turn(schedule.trace)), len(found.timeline))
+    return Timeline(name, standing, tuple(standing + count for _, count in found.timeline), middle)
+
+
+def _turn(trace: Any) -> int:
+    """The event by which the forward pass is over."""
+    from lilliput.memory.trace import OP
+
+    return next((i for i, (kind, number) in enumerate(trace.events) if kind == OP and number >= trace.forwards), len(trace.events))

@@ -1,0 +1,54 @@
+"""The picture of a step's memory: its line is the metered one, its peak the plan's, and only two kinds of file are drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lilliput.base import hardware
+from lilliput.base.errors import UserError
+from lilliput.base.job import Job
+from lilliput.memory.meter import Meter
+from lilliput.models.facts import facts
+from lilliput.models.sizes import PRESETS
+from lilliput.plan import picture
+from lilliput.plan.estimate import estimate_training
+
+SPEC = PRESETS["tiny"]
+WORDS = ["model=tiny", "data.sequence=64", "train.micro_batch=2", "train.tokens_per_step=128"]
+
+
+def drawn(*words: str) -> tuple[picture.Timeline, picture.Timeline]:
+    job = Job.load(None, [*WORDS, *words])
+    return picture.timelines(job, SPEC, estimate_training(job, facts(SPEC), hardware.detect()))
+
+
+@pytest.mark.parametrize("words", [(), ("remat.every=1",), ("remat.plan=sqrt", "offload.states=optimizer")], ids=lambda w: "+".join(w) or "plain")
+def test_the_line_has_the_metered_peak(words: tuple[str, ...]) -> None:
+    from rigs import make_rig, random_batch
+
+    planned, plain = drawn(*words)
+    job = Job.load(None, [*WORDS, *words])
+    for line, rooms in ((planned, job.rooms), (plain, {n: r for n, r in job.rooms.items() if n == "offload"})):
+        rig = make_rig(rooms, SPEC, sequences=2, tokens=64)
+        batch = random_batch(SPEC.vocab, micros=1, sequences=2, tokens=64)
+        host = rig.optimizer.held() if "offload" in rooms else []
+        with Meter(known=[*rig.model.parameters(), *host, batch[0].tokens_BT, batch[0].targets_BT]) as meter:
+            loss, _ = rig.objective(rig.model, batch[0])
+            (loss / batch[0].weight).backward()
+        assert line.peak - line.standing == meter.peak
+        count = sum(p.numel() for p in rig.model.parameters())
+        assert line.standing == count * (2 if host else 12), "weights and moments; gradients come with the line"
+        assert 0 < line.forwards < len(line.line)
+    assert (planned.peak < plain.peak) == any("remat" in word for word in words)
+
+
+def test_two_kinds_of_files(tmp_path: Path) -> None:
+    planned, plain = drawn("remat.every=1")
+    for kind in picture.KINDS:
+        path = picture.draw(planned, plain, tmp_path / "deep" / f"memory{kind}", "tiny")
+        assert path.stat().st_size > 5000 and [p.name for p in path.parent.iterdir() if p.suffix == ".tmp"] == []
+    with pytest.raises(UserError, match="cannot draw") as fault:
+        picture.check(tmp_path / "memory.pdf")
+    assert fault.value.fix.endswith("memory.svg")
