@@ -15,6 +15,7 @@ from lilliput.memory.execute import Executor
 from lilliput.memory.lower import Schedule
 from lilliput.memory.meter import Meter
 from lilliput.memory.simulate import Simulation, simulate
+from lilliput.models.encoder import Encoder, EncoderSpec
 from lilliput.models.spec import DecoderSpec
 from lilliput.parallel.rig import next_token
 
@@ -108,7 +109,17 @@ def shared() -> Net:
     return Shared(32, 16), lambda m, x, y: nn.functional.cross_entropy(m(x).flatten(0, 1), y.flatten()), [tokens, tokens.flip(1)]
 
 
-NETS: dict[str, Callable[[], Net]] = {"mlp": mlp, "gpt": gpt, "lstm": lstm, "resnet18": conv, "shared": shared}
+def bert(layers: int = 2, dim: int = 32, tokens: int = 24) -> Net:
+    """A BERT encoder with a classifier on its pooler; the second text is padded."""
+    model = Encoder(EncoderSpec(vocab=64, dim=dim, layers=layers, heads=2, ffn=4 * dim, context=tokens)).init_weights()
+    classify = nn.Linear(dim, 3)
+    ids, mask = torch.arange(2 * tokens).view(2, tokens) % 64, torch.ones(2, tokens, dtype=torch.int64)
+    mask[1, tokens // 2 :] = 0
+    step = lambda m, t, k, y: nn.functional.cross_entropy(m[1](m[0].pooled(m[0].padded(t, k))), y)
+    return nn.ModuleList([model, classify]), step, [ids, mask, torch.tensor([0, 2])]
+
+
+NETS: dict[str, Callable[[], Net]] = {"mlp": mlp, "gpt": gpt, "lstm": lstm, "resnet18": conv, "shared": shared, "bert": bert}
 
 
 def run(net: Net, executor: Executor | None = None, meter: Meter | None = None, seed: int = 1) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

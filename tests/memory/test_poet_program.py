@@ -6,12 +6,21 @@ import heapq
 import itertools
 import random
 import time
+from pathlib import Path
 
 import pytest
+import torch
+from nets import bert, conv, metered, run, same, traced
 
 from lilliput.base.errors import DoesNotFit
+from lilliput.base.hardware import detect
 from lilliput.memory.boards import BOARDS
-from lilliput.memory.planners.poet import Graph, energy, peak, solve
+from lilliput.memory.lower import lower
+from lilliput.memory.planners.chain import chain
+from lilliput.memory.planners.poet import Graph, decisions, energy, of_chain, peak, solve
+from lilliput.memory.profile import estimate
+from lilliput.memory.simulate import Link, simulate
+from lilliput.memory.stores import FileStore, HostStore
 
 
 def subsets(items):
@@ -104,6 +113,27 @@ def test_together_never_worse_and_often_better() -> None:
             better += costs[0] < min(costs[1:]) - 1e-6
             total += 1
     assert better >= 0.3 * total, f"strictly better in {better} of {total}"
+
+
+@pytest.mark.parametrize("name", ["resnet18", "bert"])
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_executed_within_half_of_the_activations(name: str, tier: str, tmp_path: Path) -> None:
+    """The program gets half of what autograd keeps; executed: gradients and loss to the bit, bytes of both tiers to the byte."""
+    torch.manual_seed(0)
+    net = conv(width=8, batch=8) if name == "resnet18" else bert(tokens=64)
+    trace, funcs = traced(net)
+    estimate(trace, detect())
+    short = chain(trace).merged(12)
+    graph, half = of_chain(short, Link(1e11, 1e11)), sum(stage.saved for stage in short.stages) / 2
+    found = solve(graph, half)
+    assert peak(graph, found) <= half and len(found.computed) > len(graph)
+    schedule, plain = lower(trace, decisions(short, found, tier)), simulate(lower(trace, {})).peak["device"]
+    store = HostStore() if tier == "host" else FileStore(tmp_path / "pages", {s.index: s.bytes for s in trace.saved()})
+    simulated, meter, outcome = metered(net, schedule, funcs, {tier: store}, {"device": simulate(schedule).peak["device"]})
+    assert meter.peak == simulated.peak["device"] < 0.7 * plain, "gradients and what operations pass on are in the peak too"
+    assert same(outcome, run(net))
+    assert store.written == simulated.moved.get(tier, 0) <= store.read_back, "a page may come back twice"
+    assert store.written > 0 or name == "bert"
 
 
 @pytest.mark.slow
