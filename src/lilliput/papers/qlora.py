@@ -68,11 +68,11 @@ def _formats() -> list[dict[str, str | float]]:
     stored, float4 = codec.encode(weight), torch.tensor(E2M1)
     file = Q4(1024, 1024).encode("Q4_1", gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q4_1))
     return [
-        _row("GGUF's Q4_1, scales and offsets doubled", round(8 * file.nbytes / weight.numel(), 3), error(Q4(1024, 1024).decode(file))),
         _row("NF4, double quantisation", round(8 * stored.nbytes / weight.numel(), 3), error(codec.decode(stored))),
         _row("NF4", 4.5, error(nearest(torch.tensor(NF4)))),
         _row("FP4 (E2M1)", 4.5, error(nearest(torch.cat([-float4[1:], float4])))),
         _row("Int4", 4.5, error(nearest(torch.arange(-7.0, 8.0)))),
+        _row("GGUF's Q4_1, scales and offsets doubled", round(8 * file.nbytes / weight.numel(), 3), error(Q4(1024, 1024).decode(file))),
     ]
 
 
