@@ -41,7 +41,7 @@ def test_written_is_read(tier) -> None:
 def test_windows(tier) -> None:
     tile, buffer = 1 << 18, torch.empty(1 << 18)
     for start in (0, tile):
-        piece, ready = tier.window("a", start, buffer)
+        piece, ready = tier.window("a", start, tile, buffer)
         ready.result()
         assert piece.numel() == tile and not piece.any()
         piece.fill_(1.0 + start)

@@ -366,6 +366,16 @@ def _lock(path: Path) -> int:
     return place
 
 
+def locked(place: int) -> bool:
+    """Take the kernel's lock on an open file; False when another process has it. Where there are no such locks it is always taken."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _held(path: Path, holder: str) -> UserError:
     return UserError(f"{path.parent} is in use", why=f"process {holder or 'unknown'} is writing this run", fix="wait for it, or choose another out folder")
 

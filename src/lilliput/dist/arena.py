@@ -48,6 +48,16 @@ def require(folder: Path, files: Mapping[Path, int]) -> None:
         raise UserError(f"no room in {folder}", why, "another folder, or a smaller model")
 
 
+def layout(sizes: Mapping[str, int], generations: int = 2) -> tuple[int, dict[str, list[int]], int]:
+    """(bytes of an index, name -> its places in the file, bytes of the file) of an arena."""
+    slot = aligned(HEAD + 256 + sum(len(json.dumps(n)) + 8 + 20 * -(-count // BLOCK) for n, count in sizes.items()))
+    places, end = {}, 2 * slot if generations > 1 else 0
+    for name, count in sizes.items():
+        places[name] = [end + copy * aligned(count) for copy in range(generations)]
+        end += generations * aligned(count)
+    return slot, places, end
+
+
 class Arena:
     """sizes: name -> bytes. Blank until `back`, whatever the file holds. Flat tensors of any dtype; offsets are multiples of BLOCK."""
 
@@ -55,15 +65,9 @@ class Arena:
         assert engine.block % BLOCK == 0, "an engine's block is made of checksummed blocks"
         self.engine, self.path, self.sizes = engine, path, dict(sizes)
         self.layout = hashlib.sha256(json.dumps([generations, self.sizes]).encode()).hexdigest()[:16]
-        self.slot = aligned(HEAD + 256 + sum(len(json.dumps(n)) + 8 + 17 * -(-count // BLOCK) for n, count in self.sizes.items()))
-        self.places: dict[str, list[int]] = {}
-        end = 2 * self.slot if generations > 1 else 0
-        for name, count in self.sizes.items():
-            self.places[name] = [end + copy * aligned(count) for copy in range(generations)]
-            end += generations * aligned(count)
-        self.bytes = end
-        require(path.parent, {path: end})
-        self.file = File(path, end)
+        self.slot, self.places, self.bytes = layout(self.sizes, generations)
+        require(path.parent, {path: self.bytes})
+        self.file = File(path, self.bytes, alone=True)
         self.generation, self.index = 0, 1  # of the last commit, and the slot that it is in
         self.at = dict.fromkeys(self.sizes, 0)  # the place that is read
         self.changed: set[str] = set()  # since the last commit: those are written where they are read

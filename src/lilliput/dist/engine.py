@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lilliput.base.records import disk_errors
+from lilliput.base.errors import UserError
+from lilliput.base.records import disk_errors, locked
 from lilliput.dist.link import Throttle
 
 if TYPE_CHECKING:
@@ -63,9 +64,9 @@ class Buffers:
 
 
 class File:
-    """One preallocated file. `direct`: whether it is past the page cache; `reason`: why not."""
+    """One preallocated file. `direct`: whether it is past the page cache; `reason`: why not. alone: no other process may have it open so."""
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, alone: bool = False) -> None:
         self.path, self.size, self.reason = path, aligned(size), ""
         flags = os.O_RDWR | os.O_CREAT
         with disk_errors(path, self.size):
@@ -78,6 +79,8 @@ class File:
                     raise
                 self.handle, self.reason = os.open(path, flags, 0o600), f"the file system of {path.parent} refuses O_DIRECT"
             try:
+                if alone and not locked(self.handle):
+                    raise UserError(f"{path} is in use", "another process has it open", "wait for it, or choose another folder")
                 if os.fstat(self.handle).st_size < self.size:
                     os.posix_fallocate(self.handle, 0, self.size)
             except BaseException:

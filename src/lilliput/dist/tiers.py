@@ -37,12 +37,16 @@ class Tier(Protocol):
         """Begin to take a flat tensor of the device's."""
         ...
 
-    def window(self, name: str, start: int, buffer: Tensor) -> tuple[Tensor, Future[None]]:
-        """A piece of `buffer`'s length to work on when the future is done: the buffer, filled, or the host's own memory."""
+    def window(self, name: str, start: int, count: int, buffer: Tensor) -> tuple[Tensor, Future[None]]:
+        """A piece to work on when the future is done: the beginning of the buffer, filled, or the host's own memory."""
         ...
 
     def back(self, name: str, start: int, piece: Tensor) -> Future[None]:
         """Begin to keep what was done to a window."""
+        ...
+
+    def holds(self) -> bool:
+        """Whether there are generations of an earlier process to go back to."""
         ...
 
     def turn(self, name: str) -> None:
@@ -73,14 +77,18 @@ class HostTier:
         """See Tier."""
         return self.down.copy(self.tensors[name][start : start + source.numel()], source)
 
-    def window(self, name: str, start: int, buffer: Tensor) -> tuple[Tensor, Future[None]]:
+    def window(self, name: str, start: int, count: int, buffer: Tensor) -> tuple[Tensor, Future[None]]:
         """See Tier."""
         self.down.finish()
-        return self.tensors[name][start : start + buffer.numel()], settled()
+        return self.tensors[name][start : start + count], settled()
 
     def back(self, name: str, start: int, piece: Tensor) -> Future[None]:
         """See Tier."""
         return settled()
+
+    def holds(self) -> bool:
+        """See Tier."""
+        return False
 
     def turn(self, name: str) -> None:
         """See Tier."""
@@ -108,13 +116,17 @@ class DiskTier:
         """See Tier."""
         return self.arena.write(name, source, start * source.element_size())
 
-    def window(self, name: str, start: int, buffer: Tensor) -> tuple[Tensor, Future[None]]:
+    def window(self, name: str, start: int, count: int, buffer: Tensor) -> tuple[Tensor, Future[None]]:
         """See Tier."""
-        return buffer, self.arena.read(name, buffer, start * buffer.element_size())
+        return buffer[:count], self.arena.read(name, buffer[:count], start * buffer.element_size())
 
     def back(self, name: str, start: int, piece: Tensor) -> Future[None]:
         """See Tier."""
         return self.arena.write(name, piece, start * piece.element_size())
+
+    def holds(self) -> bool:
+        """See Tier."""
+        return self.arena.generation == 0 and bool(self.arena.tags())
 
     def turn(self, name: str) -> None:
         """See Tier."""

@@ -13,7 +13,7 @@ smaller one that does the same operations runs under the same plan, in fewer byt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -40,11 +40,14 @@ class Mismatch(UserError):
 class Executor:
     """Carries out one schedule, step after step. `funcs`: the trace's operation objects; `stores`: tier -> where paged bytes go.
 
-    meter: told which bytes are not the device's. One forward at a time; its backward pass may come later.
+    meter: told which bytes are not the device's. summon: called with every external tensor before an
+    operation runs again with it. One forward at a time; its backward pass may come later.
     """
 
-    def __init__(self, schedule: Schedule, funcs: Sequence[Any], stores: Mapping[str, Store] | None = None, meter: Meter | None = None) -> None:
+    def __init__(self, schedule: Schedule, funcs: Sequence[Any], stores: Mapping[str, Store] | None = None, meter: Meter | None = None,
+                 summon: Callable[[torch.Tensor], None] | None = None) -> None:  # fmt: skip
         self.schedule, self.funcs, self.stores, self.meter = schedule, funcs, dict(stores or {}), meter
+        self.summon = summon
         self.asked = [k for kind, k in schedule.trace.events if kind == UNPACK]
         self.holding = {schedule.trace.storages[s].writers[-1]: s for s in schedule.hold}
         missing = {d.tier for d in schedule.decisions.values() if d.place == "page"} - set(self.stores)
@@ -275,6 +278,8 @@ class _Step(TorchDispatchMode):
         for place, leaf in enumerate(leaves):
             if isinstance(leaf, _Argument):
                 leaves[place] = _view(leaf, (self.here if leaf.storage in given else made)[leaf.storage])
+            elif isinstance(leaf, torch.Tensor) and self.owner.summon is not None:
+                self.owner.summon(leaf)
             if isinstance(leaves[place], torch.Tensor):
                 old.add(leaves[place].untyped_storage()._cdata)
         args, kwargs = tree_unflatten(leaves, form)

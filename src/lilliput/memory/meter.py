@@ -29,20 +29,25 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
 class Meter(TorchDispatchMode):
     """`with Meter() as meter: ...` then meter.peak, meter.live (bytes) and meter.calls (op name -> count).
 
-    Only storages created inside the block count. `mark()` restarts the peak at what is alive now. `budget` (tier -> bytes)
-    is enforced: DoesNotFit at the first operation whose result does not fit, after `relieve` was asked to free the missing bytes of
-    the device tier. What is made under `placing` is another tier's.
+    Only storages created inside the block count, and those of `watch`, whose sizes are looked up at every operation. `mark()` restarts
+    the peak at what is alive now. `budget` (tier -> bytes) is enforced: DoesNotFit at the first operation whose result does not fit,
+    after `relieve` was asked to free the missing bytes of the device tier. What is made under `placing` is another tier's.
     """
 
-    def __init__(self, known: Iterable[torch.Tensor] = (), budget: Mapping[str, int] | None = None, relieve: Callable[[int], None] | None = None) -> None:
+    def __init__(self, known: Iterable[torch.Tensor] = (), budget: Mapping[str, int] | None = None, relieve: Callable[[int], None] | None = None,
+                 watch: Iterable[torch.Tensor] = ()) -> None:  # fmt: skip
         super().__init__()
         self.tiers: dict[str, list[int]] = {"device": [0, 0]}  # tier -> [live, peak] bytes
         self.budget, self.relieve = dict(budget or {}), relieve
         self._tier = "device"
         self.calls: dict[str, int] = {}
         self._seen: dict[int, Any] = {}
-        for tensor in known:
-            self._seen[tensor.untyped_storage()._cdata] = None
+        self._watched = [tensor.untyped_storage() for tensor in watch]
+        for storage in [*(tensor.untyped_storage() for tensor in known), *self._watched]:
+            self._seen[storage._cdata] = None
+        self.largest = 0  # bytes of the largest storage that was made
+        self.visiting = 0  # bytes of watched storages
+        self._look()
 
     @property
     def live(self) -> int:
@@ -75,6 +80,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op, then count the storages it made."""
+        self._look()
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         self.calls[name] = self.calls.get(name, 0) + 1
@@ -82,6 +88,17 @@ class Meter(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
                 self._count(leaf.untyped_storage())
         return result
+
+    def _look(self) -> None:
+        if not self._watched:
+            return
+        now, tier = sum(storage.nbytes() for storage in self._watched), self.tiers["device"]
+        tier[0] += now - self.visiting
+        tier[1], self.visiting = max(tier), now
+        limit = self.budget.get("device")
+        if limit is not None and tier[0] > limit:
+            raise DoesNotFit("what came to the device does not fit", f"{size(tier[0])} are in use, {size(limit)} is the budget",
+                             f"{tier[0]} bytes would be enough here")  # fmt: skip
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, count = storage._cdata, storage.nbytes()
@@ -96,7 +113,7 @@ class Meter(TorchDispatchMode):
                              f"{tier[0] + count} bytes would be enough here")  # fmt: skip
         self._seen[key] = weakref.finalize(storage, self._release, key, count, tier)
         tier[0] += count
-        tier[1] = max(tier)
+        tier[1], self.largest = max(tier), max(self.largest, count)
 
     def _release(self, key: int, count: int, tier: list[int]) -> None:
         self._seen.pop(key, None)

@@ -41,11 +41,14 @@ class Planned:
 
     choose(trace) -> (name, decisions). The micro-batch is a dataclass with tensors in it. device, dtype(name): where and how parameters
     on meta will lie. stores(trace): where its pages go, by tier. leave: gradients leave the device as they come (memory.capture).
+    summon: fills a parameter that is not on the device before an operation runs again with it.
     """
 
     def __init__(self, objective: Objective, choose: Choose, device: str, dtype: Callable[[str], torch.dtype],
-                 stores: Callable[[Trace], Mapping[str, Store]] = lambda trace: {}, leave: bool = False) -> None:  # fmt: skip
+                 stores: Callable[[Trace], Mapping[str, Store]] = lambda trace: {}, leave: bool = False,
+                 summon: Callable[[torch.Tensor], None] | None = None) -> None:  # fmt: skip
         self.objective, self.choose, self.device, self.dtype, self.stores, self.leave = objective, choose, device, dtype, stores, leave
+        self.summon = summon
         self.ready: dict[Any, Ready] = {}
 
     def __call__(self, model: nn.Module, micro: Any) -> tuple[torch.Tensor, int]:
@@ -87,7 +90,7 @@ class Planned:
         schedule = lower(trace, decisions)
         simulation = simulate(schedule)
         plan, sizes = written(trace, name, decisions, simulation), tuple(t.numel() for t in given.values())
-        ready = Ready(Executor(schedule, funcs, self.stores(trace)), plan, simulation, sizes)
+        ready = Ready(Executor(schedule, funcs, self.stores(trace), summon=self.summon), plan, simulation, sizes)
         self.ready[self.key(micro, gradients)] = ready
         return ready
 

@@ -33,6 +33,7 @@ class Linear(nn.Module):
 
     `product`: where one is set, it computes x W^T + b (models/products.py).
     `codec`: where one is set, `weight` is frozen bytes that it decodes into [outputs, inputs] for each product, forward and backward.
+    `tiles`: where there are some, they have the rows of weight and bias between them, in order, and `weight` is None.
     `deltas`: name -> module with forward(x [..., inputs]) -> [..., outputs], added to the output. The names of weight
     and bias do not change when a delta is set; a delta's own parameters lie under `deltas.{name}.`.
     """
@@ -44,7 +45,14 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
         self.codec: Codec | None = None
         self.product: nn.Module | None = None
+        self.tiles = nn.ModuleList()
         self.deltas = nn.ModuleDict()
+
+    def split(self, count: int) -> None:
+        """Give the rows to `count` Linears of equal size, whose outputs one after the other are this one's. Their weights are new."""
+        self.tiles.extend(Linear(self.inputs, self.outputs // count, self.bias is not None) for _ in range(count))
+        self.register_parameter("weight", None)
+        self.bias = None
 
     def matrix(self) -> Tensor:
         """W [outputs, inputs], decoded where it is stored as bytes."""
@@ -53,7 +61,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs] in x's dtype."""
         compute = linear if self.product is None else self.product
-        y = compute(x, self.weight, self.bias, None if self.codec is None else self.codec.decode)
+        if self.tiles:
+            y = torch.cat([tile(x) for tile in self.tiles], -1)
+        else:
+            y = compute(x, self.weight, self.bias, None if self.codec is None else self.codec.decode)
         for delta in self.deltas.values():
             y = y + delta(x)
         return y

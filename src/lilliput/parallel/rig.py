@@ -72,6 +72,9 @@ class Rig:
     optimizing: Callable[..., Any] = lambda rig, **knobs: AdamW(rig.trainable(), seed=rig.seed, **knobs)  # makes the optimizer
     flush: Callable[[Rig], None] = lambda rig: None  # finishes what a step left for later; before weights are read for good
     tells: Mapping[str, Callable[[], float]] = field(default_factory=dict)  # name of a metric -> its number of the last step
+    summon: Callable[[torch.Tensor], None] | None = None  # fills a parameter that rests in another tier, for the next operation
+    visits: int = 0  # bytes of the device for such parameters
+    keeper: Any = None  # save(folder, tag) and restore(folder, tag, steps) in place of the checkpoint's own files
     plan: Any = None  # the MemoryPlan that the step is carried out under, where a room made one
     blocks: Callable[[str], tuple[str, Any] | None] = lambda name: None  # (GGUF type, rows of blocks) of a matrix that its file holds quantised
     exports: Mapping[str, Callable[[Rig, Path], None]] = field(default_factory=dict)  # folder name -> writer
@@ -111,7 +114,9 @@ class Rig:
         """Bytes of weights, buffers and optimizer state that the device holds from step to step; the model may be on meta."""
         held = lambda name, p: MOMENTS if p.requires_grad and self.home(name).states == "device" else 0
         stored = lambda name: getattr(torch, STORED[self.home(name).codec][0]).itemsize
-        return sum(p.numel() * (stored(name) + held(name, p)) for name, p in self.model.named_parameters()) + sum(b.nbytes for b in self.model.buffers())
+        here = lambda name: stored(name) if self.home(name).tier == "device" else 0
+        weights = sum(p.numel() * (here(name) + held(name, p)) for name, p in self.model.named_parameters())
+        return self.visits + weights + sum(b.nbytes for b in self.model.buffers())
 
     def leaving(self) -> bool:
         """Whether gradients leave the device as soon as they are complete."""

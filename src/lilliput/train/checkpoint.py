@@ -3,10 +3,12 @@
 checkpoints/step-000050/ holds weights.safetensors (what learns), optimizer.safetensors (both moments), state.json (step,
 data position, digests) and checksums.json. The folder appears by one rename; the run's pointer moves after it. Dropout
 and rounding draw from counters keyed by (seed, step), so no RNG state has to be kept. The last two checkpoints stay.
+What a room keeps on disk itself (rig.keeper) is not copied: the checkpoint names its generation by `tag`.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,9 +31,13 @@ def save(run: records.Run, rig: Rig, step: int, data: Mapping[str, Any], identit
     folder = run.folder / "checkpoints" / f"step-{step:06d}"
     folder.parent.mkdir(exist_ok=True)
     with records.atomic_folder(folder) as building:
-        save_file({n: p.detach().contiguous() for n, p in rig.trainable().items()}, building / "weights.safetensors")
-        save_file(rig.optimizer.state(), building / "optimizer.safetensors")
-        state = {"step": step, "optimizer_steps": rig.optimizer.steps, "data": dict(data), "identity": dict(identity)}
+        tag = f"step {step} {os.urandom(8).hex()}"
+        if rig.keeper is not None:
+            rig.keeper.save(building, tag)
+        else:
+            save_file({n: p.detach().contiguous() for n, p in rig.trainable().items()}, building / "weights.safetensors")
+            save_file(rig.optimizer.state(), building / "optimizer.safetensors")
+        state = {"step": step, "tag": tag, "optimizer_steps": rig.optimizer.steps, "data": dict(data), "identity": dict(identity)}
         records.write_json(building / "state.json", state)
     run.point(folder.name)
     older = sorted(p for p in folder.parent.glob("step-*") if p.name != folder.name)
@@ -65,6 +71,9 @@ def restore(folder: Path, rig: Rig) -> dict[str, Any]:
 
     assert rig.optimizer is not None, "a rig with an optimizer is restored"
     state = records.read_json(folder / "state.json")
+    if rig.keeper is not None:
+        rig.keeper.restore(folder, state["tag"], state["optimizer_steps"])
+        return state["data"]
     weights = load_file(folder / "weights.safetensors")
     for name, parameter in rig.trainable().items():
         if name not in weights or weights[name].shape != parameter.shape:

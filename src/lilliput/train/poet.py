@@ -91,7 +91,7 @@ class Poet(Section):
             return FileStore(Path(self.scratch) / f"pages-{trace.digest()}", {s.index: s.bytes for s in trace.saved()}, device=rig.device)
 
         planned = Planned(rig.objective, lambda trace: self.choose(trace, rig, standing), str(rig.device), stored,
-                          lambda trace: {self.tier: store(trace)}, leave)  # fmt: skip
+                          lambda trace: {self.tier: store(trace)}, leave, rig.summon)  # fmt: skip
         tokens_BT = torch.empty(rig.site.sequences, rig.site.tokens, dtype=torch.int64, device="meta")
         micro = MicroBatch(tokens_BT, tokens_BT.clone(), tokens_BT.numel())
         made = [planned.prepare(rig.model, micro, gradients) for gradients in ((False, True) if rig.site.micro_batches > 1 and not leave else (False,))]

@@ -102,7 +102,7 @@ class Remat(Section):
 
         stored = lambda name: getattr(torch, STORED[rig.home(name).codec][0])
         standing, leave = rig.standing(), rig.leaving()
-        planned = Planned(rig.objective, lambda trace: self.choose(trace, rig, standing), str(rig.device), stored, leave=leave)
+        planned = Planned(rig.objective, lambda trace: self.choose(trace, rig, standing), str(rig.device), stored, leave=leave, summon=rig.summon)
         tokens_BT = torch.empty(rig.site.sequences, rig.site.tokens, dtype=torch.int64, device="meta")
         micro = MicroBatch(tokens_BT, tokens_BT.clone(), tokens_BT.numel())
         made = [planned.prepare(rig.model, micro, gradients) for gradients in ((False, True) if rig.site.micro_batches > 1 and not leave else (False,))]
