@@ -185,6 +185,22 @@ def test_kill_minus_nine_while_an_update_waits(text: Path, tmp_path: Path) -> No
     kill_and_resume(text, tmp_path, tmp_path / "whole", 1, 3, "offload.delay=3")
 
 
+def test_sections_that_make_it_fit_are_chosen_once_and_pinned(text: Path, tmp_path: Path) -> None:
+    plain = run(text, tmp_path / "plain", **{"train.steps": "2"})
+    assert plain.steps == 2
+    limits = {"memory.device": "2.5MB", "memory.host": "100MB", "train.steps": "6", "train.save_every": "3"}
+    first = run(text, tmp_path / "run", **{**limits, "train.steps": "3", "train.schedule": "constant"})
+    pinned = json.loads((tmp_path / "run" / "rooms.json").read_text())
+    assert "offload" in pinned and first.steps == 3
+    assert run(text, tmp_path / "run", **limits, **{"train.schedule": "constant"}).resumed_from == 3
+    run(text, tmp_path / "whole", **limits, **{"train.schedule": "constant"})
+    rows = [[r for r in curve(tmp_path / name) if r[1] is not None] for name in ("run", "whole")]
+    assert rows[0] == rows[1] and len(rows[0]) == 6
+    assert json.loads((tmp_path / "run" / "model" / "lilliput.json").read_text())["sections"].keys() == pinned.keys()
+    with pytest.raises(DoesNotFit):
+        run(text, tmp_path / "small", **{"memory.device": "100KB"})
+
+
 @pytest.mark.slow
 def test_kill_minus_nine_twenty_times(text: Path, tmp_path: Path) -> None:
     run(text, tmp_path / "whole")

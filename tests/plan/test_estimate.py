@@ -140,4 +140,4 @@ def test_a_fix_may_send_the_optimizer_to_the_host() -> None:
     gpu = estimate_training(job, known, replace(machine(8, "cuda"), host=machine(64).device))
     assert not gpu.fits and any(fix.words.startswith("offload=on") and fix.fits for fix in gpu.fixes)
     cpu = estimate_training(job, known, machine(8))
-    assert not any("offload=on" == fix.words for fix in cpu.fixes), "it frees nothing where there is one memory"
+    assert not any(fix.words == "offload=on" for fix in cpu.fixes), "it frees nothing where there is one memory"

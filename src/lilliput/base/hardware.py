@@ -71,6 +71,7 @@ class Hardware:
     isa: tuple[str, ...] = ()  # vector extensions of the CPU: "avx2", "avx512", "avx512_bf16", "amx", "neon", ...
     estimated: tuple[str, ...] = ()  # figures that no data sheet states, e.g. "cpu flops"
     source: str = ""
+    limits: Mapping[str, int] = field(default_factory=dict)  # tier -> bytes that a job gives itself; a CPU's device is a tier of its own then
 
     @property
     def device(self) -> DeviceSpec:

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from lilliput.base import registry
 from lilliput.base.config import Section, Settings, load
+from lilliput.base.show import parse_size
 
 
 class Top(Section):
@@ -63,6 +64,17 @@ class Train(Section):
     eval_tokens: int = Field(16384, ge=1, description="tokens of one evaluation, at most")
     save_every: int = Field(50, ge=0, description="steps between checkpoints; 0 = at the end only")
     tensorboard: bool = Field(False, description="also write TensorBoard events (extra `tensorboard`)")
+
+
+class Memory(Section):
+    """What a run may use of each tier. With `device` given, the sections that make the job fit are chosen, and said with their reason."""
+
+    device: str = Field("", description="bytes for weights, gradients, optimizer and activations: 600MB; empty = what is free, nothing is chosen")
+    host: str = Field("", description="bytes for what leaves the device; empty = what is free")
+
+    def limits(self) -> dict[str, int]:
+        """Tier -> bytes, where any were given."""
+        return {tier: parse_size(text) for tier, text in (("device", self.device), ("host", self.host)) if text and self.device}
 
 
 class Eval(Section):
@@ -140,7 +152,7 @@ class Replicas(Section):
     address: str = Field("", description="a running Ray cluster, `auto` or HOST:PORT; empty = Ray is started on this machine, for it alone")
 
 
-CORE: dict[str, type[Section]] = {"job": Top, "data": Data, "train": Train, "eval": Eval, "generate": Generate, "serve": Serve, "http": Http,
+CORE: dict[str, type[Section]] = {"job": Top, "data": Data, "train": Train, "memory": Memory, "eval": Eval, "generate": Generate, "serve": Serve, "http": Http,
                                   "replicas": Replicas}  # fmt: skip
 
 
@@ -157,6 +169,7 @@ class Job:
         self.top: Top = settings.section("job")
         self.data: Data = settings.section("data")
         self.train: Train = settings.section("train")
+        self.memory: Memory = settings.section("memory")
         self.eval: Eval = settings.section("eval")
         self.generate: Generate = settings.section("generate")
         self.serve: Serve = settings.section("serve")

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lilliput.base import hardware, records
+from lilliput.base import hardware, records, registry
 from lilliput.base.errors import DoesNotFit, UserError
 from lilliput.base.hardware import Hardware
 from lilliput.base.job import Job
@@ -155,10 +155,18 @@ class _Loop:
         from lilliput.models.facts import facts
         from lilliput.plan.estimate import estimate_training
 
+        pinned = self.run.folder / "rooms.json"  # what was chosen when the run began
+        if pinned.is_file():
+            self.job.rooms |= {name: registry.find("train", name).model_validate(section) for name, section in records.read_json(pinned).items()}
         self.hardware: Hardware = hardware.find(self.job.top.hardware).select(self.job.top.device)
         estimate = estimate_training(self.job, facts(spec), self.hardware)
         if not estimate.fits:
             raise DoesNotFit(*estimate.verdict())
+        if estimate.choice is not None and not pinned.is_file():
+            for line in estimate.choice.lines():
+                self.show.line(line)
+            records.write_json(pinned, {name: section.model_dump(exclude_unset=True) for name, section in estimate.choice.added.items()})
+            self.job.rooms |= estimate.choice.added
         micro = estimate.site.sequences
         if self.job.train.tokens_per_step % (micro * sequence):
             near = max(1, round(self.job.train.tokens_per_step / (micro * sequence))) * micro * sequence

@@ -8,8 +8,8 @@ Seconds are a lower bound: all work at the device's peak rates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lilliput.base.facts import Facts
@@ -18,7 +18,8 @@ from lilliput.base.job import Job
 from lilliput.base.ledger import Lane, Ledger, Moment
 from lilliput.base.protocols import Site
 from lilliput.base.show import size
-from lilliput.plan.ledgers import ELEMENT, budget, fits, serving_ledger, tiers, training_ledger
+from lilliput.plan.choose import Choice, choose
+from lilliput.plan.ledgers import ELEMENT, fits, room, serving_ledger, tiers, training_ledger
 from lilliput.plan.search import Fix, Trial, fixes, largest_micro_batch
 
 
@@ -37,17 +38,17 @@ class Fit:
     @property
     def budget(self) -> int:
         """Bytes it may use."""
-        return budget(self.device)
+        return room(self.site.hardware)
 
     @property
     def peak(self) -> int:
         """Bytes at the worst moment (on a CPU those of the host tier too, which are in the same memory)."""
-        return self.ledger.peak(*tiers(self.device))[0]
+        return self.ledger.peak(*tiers(self.site.hardware))[0]
 
     @property
     def moment(self) -> Moment:
         """The worst moment."""
-        return self.ledger.peak(*tiers(self.device))[1]
+        return self.ledger.peak(*tiers(self.site.hardware))[1]
 
     @property
     def fits(self) -> bool:
@@ -57,7 +58,7 @@ class Fit:
     @property
     def biggest(self) -> list[tuple[str, int]]:
         """The three terms that weigh most at the peak."""
-        return self.ledger.biggest(3, *tiers(self.device))
+        return self.ledger.biggest(3, *tiers(self.site.hardware))
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Estimate(Fit):
     micro_batches: int  # of one optimizer step
     reason: str = ""  # why this many sequences are in a micro-batch; empty when the job says how many
     fixes: tuple[Fix, ...] = ()  # nearest first; none when it fits
+    rooms: Mapping[str, Any] = field(default_factory=dict)  # the job's, and those that were chosen
+    choice: Choice | None = None  # where the job said how much memory it may use
 
     @property
     def step_flops(self) -> float:
@@ -87,11 +90,11 @@ class Estimate(Fit):
     def verdict(self) -> tuple[str, str, str]:
         """(what, why, fix) of the fault when it does not fit."""
         big = ", ".join(f"{name} {size(count)}" for name, count in self.biggest)
-        room = f"{self.device.name} has {size(self.budget)} to use ({size(self.device.free)} free)"
-        why = f"needs {size(self.peak)} at its peak ({self.moment}), {room}; biggest: {big}"
+        most = f"{self.device.name} has {size(self.budget)} to use ({size(self.device.free)} free)"
+        why = f"needs {size(self.peak)} at its peak ({self.moment}), {most}; biggest: {big}"
         if self.peak <= self.budget:
             host = self.site.hardware.host
-            why = f"the host needs {size(self.ledger.peak('host')[0])}, {host.name} has {size(budget(host))} to use ({size(host.free)} free)"
+            why = f"the host needs {size(self.ledger.peak('host')[0])}, {host.name} has {size(room(self.site.hardware, 'host'))} to use ({size(host.free)} free)"
         nearest = min(self.fixes, key=lambda fix: (not fix.fits, 0 if fix.fits else fix.peak), default=None)
         if nearest is not None and nearest.fits:
             return "the job does not fit", why, nearest.words
@@ -119,14 +122,17 @@ def estimate_training(job: Job, facts: Facts, hardware: Hardware) -> Estimate:
 
     UserError when the job's device is not there or the model cannot be planned. Not fitting is an answer, not an error.
     """
-    given, reason = job.train.micro_batch, ""
+    given, reason, choice = job.train.micro_batch, "", None
+    machine = replace(hardware.select(job.top.device), limits=job.memory.limits())
     trial = Trial(
-        facts, hardware.select(job.top.device), job.train.tokens_per_step, given if isinstance(given, int) else 1, job.data.sequence, job.top.dtype, job.rooms
+        facts, machine, job.train.tokens_per_step, given if isinstance(given, int) else 1, job.data.sequence, job.top.dtype, job.rooms
     )
+    if machine.limits:
+        trial, choice = choose(trial, given == "auto", lambda ledger, option: max(lanes(ledger, machine, option.dtype).values(), default=0.0))
     if given == "auto":
         trial, reason = largest_micro_batch(trial)
     ledger = training_ledger(facts, trial.site, trial.rooms, trial.dtype, trial.micro_batches)
-    estimate = Estimate(ledger, trial.site, trial.dtype, trial.micro_batches, reason)
+    estimate = Estimate(ledger, trial.site, trial.dtype, trial.micro_batches, reason, rooms=trial.rooms, choice=choice)
     return estimate if estimate.fits else replace(estimate, fixes=tuple(fixes(trial)))
 
 

@@ -40,15 +40,25 @@ def budget(device: DeviceSpec) -> int:
     return max(0, round(device.free * (1 - SHARE)) - RESERVE)
 
 
-def tiers(device: DeviceSpec) -> tuple[Tier, ...]:
-    """The tiers that lie in this device's memory: what a CPU's job leaves to the host is in the same one."""
-    return ("device", "host") if device.kind == "cpu" else ("device",)
+def room(hardware: Hardware, tier: Tier = "device") -> int:
+    """Bytes that a plan may use in a tier: the job's own limit, else the budget of what is free."""
+    if tier in hardware.limits:
+        return hardware.limits[tier]
+    if tier == "device":
+        return budget(hardware.device)
+    taken = hardware.limits.get("device", 0) if hardware.device.kind == "cpu" else 0
+    return max(0, budget(hardware.host) - taken)
+
+
+def tiers(hardware: Hardware) -> tuple[Tier, ...]:
+    """The tiers that lie in the device's memory: what a CPU's job leaves to the host is in the same one, unless the job says how much of it is which."""
+    return ("device", "host") if hardware.device.kind == "cpu" and not hardware.limits else ("device",)
 
 
 def fits(ledger: Ledger, hardware: Hardware) -> bool:
     """Whether the peak is within what the device and its host may use."""
-    apart = hardware.device.kind != "cpu"
-    return ledger.peak(*tiers(hardware.device))[0] <= budget(hardware.device) and not (apart and ledger.peak("host")[0] > budget(hardware.host))
+    apart = tiers(hardware) == ("device",)
+    return ledger.peak(*tiers(hardware))[0] <= room(hardware) and not (apart and ledger.peak("host")[0] > room(hardware, "host"))
 
 
 def training_ledger(facts: Facts, site: Site, rooms: Mapping[str, Any], dtype: str, micro_batches: int = 1, optimizer: int = ADAMW) -> Ledger:
@@ -124,7 +134,7 @@ def _work(ledger: Ledger, trained: float, micro_batches: int, hardware: Hardware
     ledger = ledger.put(backward=Term(flops=forward * (1 + trained)))
     ledger = ledger.put(**{n: replace(t, flops=t.flops * micro_batches, traffic=t.traffic * micro_batches) for n, t in ledger.terms.items()})
     moved = 2 * ledger.bytes("optimizer") + ledger.bytes("gradients") + 2 * trained * ledger.bytes("parameters")
-    lane: Lane = "compute" if ledger.terms["optimizer"].tier in tiers(hardware.device) else "host"
+    lane: Lane = "compute" if ledger.terms["optimizer"].tier in tiers(hardware) or hardware.device.kind == "cpu" else "host"
     return ledger.put(update=Term(traffic=moved, lane=lane))  # moments and weights are read and written, gradients read
 
 

@@ -38,6 +38,11 @@ def sentences(estimate: Estimate | ServingEstimate) -> tuple[str, str, str]:
     return verdict, big, _training(estimate) if isinstance(estimate, Estimate) else _serving(estimate)
 
 
+def chosen(estimate: Estimate | ServingEstimate) -> list[str]:
+    """What was added to the job to make it fit, and the reason for everything that was not."""
+    return estimate.choice.lines() if isinstance(estimate, Estimate) and estimate.choice else []
+
+
 def to_dict(estimate: Estimate | ServingEstimate) -> dict[str, Any]:
     """The estimate as plain values for --json; bytes, flops and seconds are numbers."""
     site = estimate.site
@@ -53,6 +58,7 @@ def to_dict(estimate: Estimate | ServingEstimate) -> dict[str, Any]:
     return shared | {
         "dtype": estimate.dtype, "micro_batches": estimate.micro_batches, "reason": estimate.reason,
         "step_flops": estimate.step_flops, "seconds_at_least": dict(estimate.seconds),
+        **({"chosen": estimate.choice.lines()} if estimate.choice else {}),
         "fixes": [{"words": fix.words, "peak_bytes": fix.peak, "fits": fix.fits} for fix in estimate.fixes],
     }  # fmt: skip
 
@@ -81,7 +87,7 @@ def _serving(estimate: ServingEstimate) -> str:
 
 
 def _row(name: str, term: Term, estimate: Estimate | ServingEstimate, top: int) -> dict[str, Any]:
-    share = _share(term.bytes, estimate) if term.tier in tiers(estimate.device) else ""
+    share = _share(term.bytes, estimate) if term.tier in tiers(estimate.site.hardware) else ""
     return {"term": name, "bytes": size(term.bytes), "share": share, "bar": _bar(term.bytes, top), "alive": " ".join(term.moments), "tier": term.tier}
 
 

@@ -18,7 +18,7 @@ from lilliput.base.hardware import Hardware
 from lilliput.base.ledger import Ledger
 from lilliput.base.protocols import Phase, Site
 from lilliput.base.show import size
-from lilliput.plan.ledgers import ELEMENT, budget, fits, tiers, training_ledger
+from lilliput.plan.ledgers import ELEMENT, fits, room, tiers, training_ledger
 
 SHORTEST = 64  # tokens; no fix proposes shorter sequences
 
@@ -62,7 +62,7 @@ class Trial:
     def fix(self) -> Fix:
         """This variant as a proposal."""
         ledger = self.ledger()
-        return Fix(" ".join(self.words), ledger.peak(*tiers(self.hardware.device))[0], fits(ledger, self.hardware))
+        return Fix(" ".join(self.words), ledger.peak(*tiers(self.hardware))[0], fits(ledger, self.hardware))
 
     def edit(self, words: str, **fields: Any) -> Trial:
         """Another variant; its words replace earlier ones of the same key."""
@@ -72,13 +72,13 @@ class Trial:
 
 def largest_micro_batch(trial: Trial) -> tuple[Trial, str]:
     """The largest power of two of sequences that divides a step and fits (1 where none does), and the reason in words."""
-    room = size(budget(trial.hardware.device))
+    most = size(room(trial.hardware))
     for sequences in _powers(trial):
         option = replace(trial, sequences=sequences)
         found = option.fix()
         if found.fits:
-            return option, f"the largest power of two that divides a step of {trial.tokens_per_step:,} tokens and fits: {size(found.peak)} of {room}"
-    return option, f"no micro-batch fits: one sequence needs {size(found.peak)} of {room}"
+            return option, f"the largest power of two that divides a step of {trial.tokens_per_step:,} tokens and fits: {size(found.peak)} of {most}"
+    return option, f"no micro-batch fits: one sequence needs {size(found.peak)} of {most}"
 
 
 def fixes(trial: Trial) -> list[Fix]:
@@ -144,8 +144,8 @@ def _rooms(trial: Trial) -> Iterator[tuple[Trial, bool]]:
     for name in registry.names("train"):
         if name in trial.rooms:
             continue
-        room = registry.find("train", name)()
-        rooms = {**trial.rooms, name: room}
+        added = registry.find("train", name)()
+        rooms = {**trial.rooms, name: added}
         refused = any(r.refuses({k: v for k, v in rooms.items() if k != n}, trial.facts) for n, r in rooms.items())
-        if not refused and all(need in rooms for need in room.needs):
-            yield trial.edit(f"{name}=on", rooms=rooms), Phase.SWAP in room.acts()
+        if not refused and all(need in rooms for need in added.needs):
+            yield trial.edit(f"{name}=on", rooms=rooms), Phase.SWAP in added.acts()

@@ -48,6 +48,11 @@ class Offload(Section):
     tile: int = Field(1 << 20, ge=4096, multiple_of=4096, description="parameters of one copy back to the device")
     link: str = Field("", description="slows the link down to so many bytes/s each way (12GB); empty = as fast as it goes")
 
+    @classmethod
+    def within(cls, device: int, host: int) -> Offload:
+        """Set for budgets of bytes (lilliput.plan.choose)."""
+        return cls.model_validate({})
+
     def acts(self) -> Mapping[Phase, Callable[[Rig], Rig]]:
         """Stores weights in bf16 and makes the host's optimizer; then gradients leave, and the update is the host's."""
         return {Phase.SWAP: self.divide, Phase.STEP: self.watch}

@@ -50,6 +50,11 @@ class Remat(Section):
         """The plan that is meant."""
         return "budget" if self.budget else self.plan
 
+    @classmethod
+    def within(cls, device: int, host: int) -> Remat:
+        """Set for budgets of bytes (lilliput.plan.choose)."""
+        return cls.model_validate({"budget": f"{device}B"})
+
     def acts(self) -> Mapping[Phase, Callable[[Rig], Rig]]:
         """Runs the objective under a memory plan."""
         return {Phase.REMAT: self.recompute}
