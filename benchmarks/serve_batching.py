@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from serve_load import Ask, Target, opened, read_trace, send, start
+from serve_load import Ask, Target, opened, read_trace, send, start, stop
 
 from lilliput.base.show import Show
 from lilliput.loops.bench import machine
@@ -86,13 +85,7 @@ def main() -> int:
                 rows.append({"speed": speed, "batching": side, **measure(target, arguments.trace, arguments.requests, speed, arguments.longest)})
                 show.line(str(rows[-1]))
     finally:
-        for process, _, _ in servers.values():
-            process.terminate()
-        for process, _, _ in servers.values():
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        stop([process for process, _, _ in servers.values()])
     where = ", ".join(f"{key} {value}" for key, value in machine().items())
     show.table(rows, COLUMNS, f"{arguments.trace.name}, lengths to {arguments.longest}; {where}")
     show.table(at_equal(rows), ("p95 at most, ms/token", "continuous", "static", "ratio"), "most tokens a second at equal 95th percentile")

@@ -198,6 +198,17 @@ def start(model: str, overrides: list[str], command: list[str] | None = None) ->
     return process, json.loads(told)["url"], began
 
 
+def stop(processes: list[subprocess.Popen[str]]) -> None:
+    """End servers that `start` has started: open answers first."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
 def measure(target: Target, arguments: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
     """Every load in turn."""
     rows = []
@@ -255,8 +266,7 @@ def main() -> int:
             show.line(f"idle: {document['idle CPU, %']} % of a core")
     finally:
         if process is not None:
-            process.terminate()
-            process.wait(60)
+            stop([process])
     show.data(document | {"rows": rows})
     show.table(rows, COLUMNS, f"{target.url} {target.model}: {arguments.prompt} words in, {arguments.tokens} tokens out; ms")
     return 1 if any(one["failed"] for one in rows) else 0

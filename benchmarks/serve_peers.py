@@ -14,11 +14,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import statistics
-import subprocess
 import sys
 from typing import Any
 
-from serve_load import Ask, Target, closed, send, start
+from serve_load import Ask, Target, closed, send, start, stop
 
 from lilliput.base.show import Show
 from lilliput.loops.bench import machine
@@ -75,13 +74,7 @@ def main() -> int:
                 rows.append({"clients": clients, "side": side, **medians, "first of ours / this": round(times, 2)})
                 show.line(str(rows[-1]))
     finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        stop(processes)
     where = ", ".join(f"{key} {value}" for key, value in machine().items())
     show.table(rows, COLUMNS, f"{arguments.prompt} words in, {arguments.tokens} tokens out; ms; {where}")
     return 0
