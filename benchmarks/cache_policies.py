@@ -3,6 +3,7 @@
     make bench X=cache_policies ARGS="quality wikitext-2/test.txt"        full, heavy hitters, sinks, windows at one budget
     make bench X=cache_policies ARGS="stream novel.txt --tokens 100000"   sinks and a plain window against recomputing the window
     make bench X=cache_policies ARGS="speed"                              tokens a second at 512 to 8,000 tokens of context
+    make bench X=cache_policies ARGS="choices FOLDER --budget 96"         multiple choice behind solved examples that do not fit the budget
 
 Everything runs through the engine, as in serving: prompts are scored while tokens leave. Perplexities are deterministic up to rounding.
 """
@@ -23,6 +24,8 @@ import lilliput
 from lilliput.base.hardware import cpus
 from lilliput.base.show import Show
 from lilliput.loops.evaluate import read_text
+from lilliput.loops.likelihood import Score, encode_pair
+from lilliput.loops.tasks import judge, read_questions
 from lilliput.ops import native
 from lilliput.serve.request import Sampling
 
@@ -115,10 +118,30 @@ def speed(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
     return rows
 
 
+def choices(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
+    """Accuracy on questions of three tasks, each behind the same solved examples; what the budget cannot hold leaves while they are read."""
+    rows, size = [], args.budget
+    tokenizer = lilliput.load(args.model).tokenizer
+    for task in ("arc_easy", "piqa", "openbookqa"):
+        read = read_questions(task, args.text, args.shots + args.questions)
+        solved, asked = read[: args.shots], read[args.shots :]
+        before = "".join(f"{context}{continuation}\n\n" for context, continuation in (one.choices[one.answer] for one in solved))
+        pairs = [[encode_pair(tokenizer, before + context, continuation) for context, continuation in one.choices] for one in asked]
+        row: dict[str, Any] = {"task": task, "questions": len(asked), "tokens": round(statistics.fmean(len(p.context) + len(p.continuation) for four in pairs for p in four))}
+        for policy in ("full", f"heavy_hitter:{size // 2}+{size // 2}", f"sinks:4+{size - 4}", f"sliding:{size}"):
+            one = engine(args, policy, 2048)
+            found = [[Score(sum(logprobs(one, [*p.context, *p.continuation])[-len(p.continuation) :]), False) for p in four] for four in pairs]
+            metrics = judge(task, args.text, asked, found).metrics
+            row[policy] = " / ".join(f"{value:.3f}" for value, _ in metrics.values())
+        rows.append(row)
+        show.line(", ".join(f"{key} {value}" for key, value in row.items()))
+    return rows
+
+
 def main() -> int:
     """Measure and print a table."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("what", choices=("quality", "stream", "speed"))
+    options.add_argument("what", choices=("quality", "stream", "speed", "choices"))
     options.add_argument("text", nargs="?", default="")
     options.add_argument("--model", default="smollm2-135m")
     options.add_argument("--weights", default="file")
@@ -129,12 +152,14 @@ def main() -> int:
     options.add_argument("--tokens", type=int, default=100_000)
     options.add_argument("--samples", type=int, default=64)
     options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--shots", type=int, default=8, help="solved examples before each question")
+    options.add_argument("--questions", type=int, default=100)
     options.add_argument("--json", action="store_true")
     args = options.parse_args()
     show = Show(json=args.json)
     torch.set_num_threads(cpus())
     native.threads(cpus())
-    rows = {"quality": quality, "stream": stream, "speed": speed}[args.what](args, show)
+    rows = {"quality": quality, "stream": stream, "speed": speed, "choices": choices}[args.what](args, show)
     show.data({"arguments": vars(args), "rows": rows})
     show.table(rows, tuple(rows[0]), f"{args.model}, {args.what}")
     return 0
