@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,7 +68,7 @@ def test_answers_go_on_from_the_file(runner: str, kv: str, host: int, tmp_path: 
     written, read = [], []
     for name, seen in (("write", written), ("read", read)):
         plain = getattr(SlotFile, name)
-        monkeypatch.setattr(SlotFile, name, lambda self, slot, *rest, plain=plain, seen=seen: (seen.append(slot), plain(self, slot, *rest))[1])
+        monkeypatch.setattr(SlotFile, name, lambda self, slots, *rest, plain=plain, seen=seen: (seen.extend(slots), plain(self, slots, *rest))[1])
     model, prompts, how = model_of("wide"), prompts_of(6, seed=8), Sampling(40, ignore_eos=True)
     assert SPECS["wide"] is model.spec
     made = lowered(model) if runner == "native" else model
@@ -79,16 +81,32 @@ def test_answers_go_on_from_the_file(runner: str, kv: str, host: int, tmp_path: 
 
 
 def test_a_full_disk_or_no_folder_is_found_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="no swap file"):
-        engine_of(model_of("llama"), swap_file_tokens=64, swap_folder=str(tmp_path / "none"))
+        engine_of(model_of("llama"), swap_file_tokens=64, swap_folder=str(tmp_path / "file" / "none"))
+    with monkeypatch.context() as patch, pytest.raises(UserError) as error:
+        patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+        engine_of(model_of("llama"), swap_file_tokens=64, swap_folder=str(tmp_path))
+    assert "4 blocks need" in error.value.why and "(1,000) are free" in error.value.why
 
     def full(*arguments: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match="no swap file"):
         engine_of(model_of("llama"), swap_file_tokens=64, swap_folder=str(tmp_path))
-    assert "4 blocks need" in error.value.why and "No space left" in error.value.why
+
+
+def test_a_damaged_slot_is_named_and_not_used(tmp_path: Path) -> None:
+    file = SlotFile(str(tmp_path), 3, 5000)
+    rows = torch.randint(0, 256, (2, 5000), dtype=torch.uint8)
+    file.write([2, 0], rows)
+    assert torch.equal(file.read([0, 2]), rows.flip(0))
+    inner = file._arena
+    os.pwrite(os.open(f"/proc/self/fd/{inner.file.handle}", os.O_RDWR), b"damage", inner.places["2"][0] + 100)
+    assert torch.equal(file.read([0]), rows[1:])
+    with pytest.raises(UserError, match="damaged"):
+        file.read([2])
 
 
 class Slow:

@@ -68,12 +68,11 @@ class Mover:
         assert self._file is not None, "there are slots of the file only where there is one"
         blocks = torch.tensor([block for block, _ in pairs])
         parts = [area.index_select(0, blocks.to(area.device)).cpu().flatten(1).view(torch.uint8) for area in self.areas]
-        for (_, slot), row in zip(pairs, torch.cat(parts, 1)):
-            self._file.write(slot, row)
+        self._file.write([slot for _, slot in pairs], torch.cat(parts, 1))
 
     def _read(self, pairs: Pairs) -> None:
         assert self._file is not None, "there are slots of the file only where there is one"
-        rows = torch.stack([self._file.read(slot) for slot, _ in pairs])
+        rows = self._file.read([slot for slot, _ in pairs])
         blocks = torch.tensor([block for _, block in pairs])
         sizes = [_bytes(area) for area in self.areas]
         for area, part in zip(self.areas, rows.split(sizes, 1)):

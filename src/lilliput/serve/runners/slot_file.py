@@ -1,19 +1,26 @@
-"""A file of equal slots: the last tier of swap space. It has no name, so nothing is left behind however the process ends.
+"""A file of equal slots: the last tier of swap space, in an arena of dist (past the page cache where the file system lets, checksummed).
 
-The whole size is reserved when it is made, so a full disk is found at the start and not in the middle of an answer. Reads and writes go through the system's
-page cache: what was just written comes back from memory as long as the system has some.
+Its name is taken away at once, so nothing is left behind however the process ends. The whole size is reserved when it is made, so a full disk is
+found at the start and not in the middle of an answer. A slot is rounded up to pages of 4,096 bytes.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lilliput.base.errors import UserError
 from lilliput.base.show import size
+from lilliput.dist.arena import BLOCK, Arena
+from lilliput.dist.engine import Engine
+
+THREADS = 2
 
 
 class SlotFile:
@@ -22,27 +29,23 @@ class SlotFile:
     def __init__(self, folder: str, slots: int, bytes: int) -> None:
         """`folder`: where it lies; empty = the system's folder of temporary files. UserError where it cannot be made or does not fit."""
         self.bytes = bytes
+        path = Path(folder or tempfile.gettempdir()) / f"lilliput-swap-{os.getpid()}-{secrets.token_hex(4)}"
         try:
-            self._file = tempfile.TemporaryFile(dir=folder or None, buffering=0)  # noqa: SIM115  # open as long as the cache is
-            os.posix_fallocate(self._file.fileno(), 0, max(1, slots * bytes))
-        except OSError as error:
-            where = folder or tempfile.gettempdir()
-            raise UserError(f"no swap file in {where}", f"{slots:,} blocks need {size(slots * bytes)}: {error.strerror}",
-                            "serve.swap_folder=FOLDER on a disk with room, or a smaller serve.swap_file_tokens") from error  # fmt: skip
+            self._arena = Arena(Engine(THREADS, BLOCK), path, {str(slot): bytes for slot in range(slots)}, generations=1)
+            path.unlink()
+        except (OSError, UserError) as error:
+            why = f"{slots:,} blocks need {size(slots * bytes)}: {error.why if isinstance(error, UserError) else error.strerror}"
+            raise UserError(f"no swap file in {path.parent}", why, "serve.swap_folder=FOLDER on a disk with room, or a smaller serve.swap_file_tokens") from error
 
-    def write(self, slot: int, data: Tensor) -> None:
-        """`data`: uint8 [bytes], on the host."""
-        view, at = memoryview(data.contiguous().numpy()), slot * self.bytes  # type: ignore[arg-type]
-        while view:
-            done = os.pwrite(self._file.fileno(), view, at)
-            view, at = view[done:], at + done
+    def write(self, slots: Sequence[int], rows_NB: Tensor) -> None:
+        """uint8 rows of `bytes` bytes, on the host, to slots."""
+        for future in [self._arena.write(str(slot), row) for slot, row in zip(slots, rows_NB, strict=True)]:
+            future.result()
 
-    def read(self, slot: int) -> Tensor:
-        """uint8 [bytes]."""
-        data = torch.empty(self.bytes, dtype=torch.uint8)
-        view, at = memoryview(data.numpy()), slot * self.bytes  # type: ignore[arg-type]
-        while view:
-            done = os.preadv(self._file.fileno(), [view], at)
-            assert done, f"slot {slot} lies behind the end of the swap file"
-            view, at = view[done:], at + done
-        return data
+    def read(self, slots: Sequence[int]) -> Tensor:
+        """uint8 [slots, bytes]. UserError where the disk gives back something else than was written."""
+        with torch.inference_mode(False):  # the arena's threads, which are in no such mode, fill it
+            rows_NB = torch.empty(len(slots), self.bytes, dtype=torch.uint8)
+            for future in [self._arena.read(str(slot), row) for slot, row in zip(slots, rows_NB, strict=True)]:
+                future.result()
+        return rows_NB
