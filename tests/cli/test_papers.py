@@ -51,7 +51,8 @@ def test_status_is_derived_from_run_and_registry():
 
 
 def test_no_system_without_a_run_claims_to_work():
-    working = ["checkpointing", "zero-offload", "poet", "qlora", "flashattention-2", "bytetransformer", "vllm", "speculative-decoding"]
+    working = ["checkpointing", "zero-offload", "poet", "qlora", "flashattention-2", "bytetransformer", "vllm", "speculative-decoding",
+               "streamingllm", "h2o"]  # fmt: skip
     assert [paper.name for paper in every() if paper.works] == working
 
 
@@ -150,3 +151,19 @@ def test_speculative_claim_holds_here():
     assert finding.holds, finding.summary
     assert finding.summary == index.find("speculative-decoding").measured, "the table of `lilliput papers` tells another number"
     assert all(row["passes"] + row["accepted"] == row["passes without"] for row in finding.rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(native.module() is None, reason=str(native.missing()))
+@pytest.mark.parametrize("name", ["h2o", "streamingllm"])
+def test_cache_policies_claims_hold_here(name, smollm2):
+    """One to three minutes each: SmolLM2 scores 20,000 tokens with keys leaving its cache."""
+    from lilliput.models import hub
+
+    try:
+        hub.locate("data:shakespeare")
+    except UserError as error:
+        pytest.skip(f"needs the plays in the cache: run `lilliput pull data:shakespeare` ({error.what})")
+    finding = index.find(name).run()
+    assert finding.holds, finding.summary
+    assert finding.summary == index.find(name).measured, "the table of `lilliput papers` tells another number"

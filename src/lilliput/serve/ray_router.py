@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
 
@@ -17,9 +18,9 @@ from lilliput.serve.routing import SLACK, Affinity
 class PrefixRouter(RequestRouter):
     """Sends a request to the replica that has read the longest beginning of it."""
 
-    def initialize_state(self, slack: int = SLACK) -> None:
+    def initialize_state(self, **settings: Any) -> None:
         """Called once by Ray Serve. `slack`: see Affinity."""
-        self._affinity = Affinity(slack)
+        self._affinity = Affinity(settings.get("slack", SLACK))
         self._flying: Counter[str] = Counter()
 
     async def choose_replicas(self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None) -> list[list[RunningReplica]]:

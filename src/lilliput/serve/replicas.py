@@ -111,9 +111,9 @@ def start(make: Callable[[str], House], options: Replicas, http: Http) -> tuple[
     if options.most > options.count:
         scale = {"autoscaling_config": AutoscalingConfig(min_replicas=options.count, initial_replicas=options.count, max_replicas=options.most,
                                                          target_ongoing_requests=options.target, downscale_delay_s=options.idle)}  # fmt: skip
-    router = RequestRouterConfig(request_router_class="lilliput.serve.ray_router:PrefixRouter", request_router_kwargs={"slack": options.slack})
+    routing: dict[str, Any] = {"request_router_class": "lilliput.serve.ray_router:PrefixRouter", "request_router_kwargs": {"slack": options.slack}}
     deployment = serve.deployment(Replica).options(  # type: ignore[attr-defined]
-        name=NAME, ray_actor_options={"num_cpus": options.cpus}, max_ongoing_requests=http.max_requests, request_router_config=router,
+        name=NAME, ray_actor_options={"num_cpus": options.cpus}, max_ongoing_requests=http.max_requests, request_router_config=RequestRouterConfig(**routing),
         health_check_period_s=2, graceful_shutdown_timeout_s=http.drain, **scale,
     )  # fmt: skip
     try:

@@ -35,7 +35,8 @@ class SlotFile:
             path.unlink()
         except (OSError, UserError) as error:
             why = f"{slots:,} blocks need {size(slots * bytes)}: {error.why if isinstance(error, UserError) else error.strerror}"
-            raise UserError(f"no swap file in {path.parent}", why, "serve.swap_folder=FOLDER on a disk with room, or a smaller serve.swap_file_tokens") from error
+            fix = "serve.swap_folder=FOLDER on a disk with room, or a smaller serve.swap_file_tokens"
+            raise UserError(f"no swap file in {path.parent}", why, fix) from error
 
     def write(self, slots: Sequence[int], rows_NB: Tensor) -> None:
         """uint8 rows of `bytes` bytes, on the host, to slots."""
