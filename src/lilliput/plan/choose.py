@@ -1,7 +1,8 @@
 """Choose: which sections make a job fit into the bytes that `memory.device` and `memory.host` allow.
 
 Every set of rooms that can be set to a budget (they say so with `within`) is tried beside the job's own, and judged by the ledger. Of
-those that fit the one with the fewest rooms is taken, the quickest where several have as few; each of the others leaves with its reason. The run then plans to the byte and refuses before anything is loaded where closed forms were too kind.
+those that fit the one with the fewest rooms is taken, the quickest where several have as few; each of the others leaves with its reason.
+The run then plans to the byte and refuses before anything is loaded where closed forms were too kind.
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ class Estimate(Fit):
         why = f"needs {size(self.peak)} at its peak ({self.moment}), {most}; biggest: {big}"
         if self.peak <= self.budget:
             host = self.site.hardware.host
-            why = f"the host needs {size(self.ledger.peak('host')[0])}, {host.name} has {size(room(self.site.hardware, 'host'))} to use ({size(host.free)} free)"
+            most = size(room(self.site.hardware, "host"))
+            why = f"the host needs {size(self.ledger.peak('host')[0])}, {host.name} has {most} to use ({size(host.free)} free)"
         nearest = min(self.fixes, key=lambda fix: (not fix.fits, 0 if fix.fits else fix.peak), default=None)
         if nearest is not None and nearest.fits:
             return "the job does not fit", why, nearest.words
