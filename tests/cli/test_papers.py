@@ -120,6 +120,15 @@ def test_qlora_claim_holds_here():
     assert [row["bits a weight"] for row in finding.rows[:2]] == [4.127, 4.5]
 
 
+@pytest.mark.slow
+def test_fp8_claim_holds_here():
+    """Two minutes. The order of losses is the claim; their last digits are this machine's."""
+    finding = index.find("fp8").run()
+    assert finding.holds, finding.summary
+    ratio = {(row["scaling"], row["b"]): row["to fp32"] for row in finding.rows}
+    assert ratio["amax", ""] <= 1.005 and ratio["cscale", 0] > 1.03 and ratio["cscale", 6] <= 1.005 < min(ratio["cscale", -8], ratio["cscale", 16])
+
+
 @pytest.mark.skipif(native.module() is None, reason=str(native.missing()))
 def test_flashattention_claim_holds_here():
     finding = index.find("flashattention-2").run()

@@ -10,20 +10,25 @@ from lilliput.ops.low_rank import Pair, Segment, grouped
 
 
 class LowRank(nn.Module):
-    """delta(x) = scale * dropout(x) A^T B^T with A [rank, in] and B [out, rank]; 2 r (in + out) flops a token forward."""
+    """delta(x) = scale * dropout(x) A^T B^T with A [rank, in] and B [out, rank]; 2 r (in + out) flops a token forward.
+
+    `product`: where one is set, it computes dropout(x) A^T, as that of a Linear (models/products.py).
+    """
 
     def __init__(self, features_in: int, features_out: int, rank: int, scale: float, dropout: Dropout | None) -> None:
         super().__init__()
         self.a = nn.Parameter(torch.empty(rank, features_in))
         self.b = nn.Parameter(torch.empty(features_out, rank))
         self.scale, self.dropout = scale, dropout
+        self.product: nn.Module | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out]."""
         if self.dropout is not None:
             x = self.dropout(x)
         # the scale sits on the rank-wide middle, the smallest tensor of the three
-        return nn.functional.linear(nn.functional.linear(x, self.a) * self.scale, self.b)
+        low = nn.functional.linear(x, self.a) if self.product is None else self.product(x, self.a, None, None)
+        return nn.functional.linear(low * self.scale, self.b)
 
     def weight(self) -> torch.Tensor:
         """The matrix [out, in] this delta adds to the base weight, in fp32."""

@@ -1,12 +1,153 @@
 """FP8: all three matrix products of every linear layer take 8-bit operands, E4M3 for weights and activations, E5M2 for gradients.
-Each tensor carries one power-of-two scale from its own largest value, so that rescaling is exact.
+Each tensor carries one power-of-two scale from its own largest value, so that rescaling is exact; or all share a constant one.
+
+The run trains a small GPT from three seeds in fp32, with own scales, and with constant ones over a range of exponents, and counts FP8
+products and kept bytes. The text is the characters of Python's own language reference, which every interpreter carries.
 
 Perez et al. 2023, WANT at NeurIPS 2023, arXiv 2309.17224.
 """
 
 from __future__ import annotations
 
-from lilliput.papers.paper import Paper
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lilliput.papers.paper import Finding, Paper
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lilliput.parallel.rig import Rig
+
+SEEDS, BIASES = (0, 1, 2), range(-8, 17, 2)
+ROWS, TOKENS, STEPS, HELD, RATE = 12, 48, 100, 16, 2e-3
+SYMBOLS = 128
+KEEPS = 1.005  # loss over fp32's that still counts as valid: 99.5 %
+
+
+def run() -> Finding:
+    """Held-out losses of small GPTs after 100 steps; about 2 minutes on one core."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        plain = {seed: trained({}, seed) for seed in SEEDS}
+        rows = [_row("fp32", "", plain, plain), _row("amax", "", {seed: trained(room(), seed) for seed in SEEDS}, plain)]
+        for bias in BIASES:
+            seeds = SEEDS if bias == 0 else SEEDS[:1]
+            rows.append(_row("cscale", bias, {seed: trained(room(bias), seed) for seed in seeds}, plain))
+        products, kept = counts()
+    finally:
+        torch.set_num_threads(threads)
+    to_plain = {(row["scaling"], row["b"]): float(row["to fp32"]) for row in rows}
+    valid = [bias for bias in BIASES if to_plain["cscale", bias] <= KEEPS]
+    interval = f"{valid[0]} to {valid[-1]}" if valid else "none"
+    whole = valid == list(range(min(valid, default=0), max(valid, default=-1) + 1, BIASES.step))
+    summary = (
+        f"held-out loss of a 3-layer GPT over fp32's, {len(SEEDS)} seeds: amax {_percent(to_plain['amax', ''])}, unscaled {_percent(to_plain['cscale', 0])}; "
+        f"one constant exponent is valid from {BIASES[0]} to {BIASES[-1]} in steps of {BIASES.step} only at {interval}; "
+        f"{products:.0f} FP8 products a linear, its kept input is {kept:.0%} of fp32's"
+    )
+    holds = abs(to_plain["amax", ""] - 1) <= 0.005 and to_plain["cscale", 0] > 1.03 and bool(valid) and whole and len(valid) < len(BIASES)
+    return Finding(summary, tuple(rows), holds and products == 3 and kept <= 0.26)
+
+
+def room(bias: int | None = None) -> dict[str, Any]:
+    """The section: own scales, or a constant exponent."""
+    from lilliput.base import registry
+
+    kind = registry.find("train", "fp8")
+    return {"fp8": kind() if bias is None else kind(scaling="cscale", bias=bias)}
+
+
+def trained(rooms: Mapping[str, Any], seed: int, layers: int = 3, dim: int = 96, steps: int = STEPS, watch: Callable[[Rig, int], None] | None = None) -> float:
+    """Held-out loss (nats a token) after `steps` of AdamW. watch: called with the rig after each step's gradients are applied."""
+    made = rig(rooms, seed, layers, dim)
+    rows = text((steps + HELD) * ROWS * (TOKENS + 1)).view(-1, TOKENS + 1)
+    batches = [_micro(part) for part in rows[shuffled(len(rows))].view(-1, ROWS, TOKENS + 1)]
+    for step in range(steps):
+        made.step([batches[step]], RATE * min((step + 1) / 10, 1 - 0.9 * step / steps), step)
+        if watch is not None:
+            watch(made, step)
+    return made.evaluate(batches[steps:]).mean
+
+
+def rig(rooms: Mapping[str, Any], seed: int, layers: int = 3, dim: int = 96) -> Rig:
+    """A GPT from scratch."""
+    from dataclasses import replace
+
+    import torch
+
+    from lilliput.base.hardware import declared
+    from lilliput.base.protocols import Site
+    from lilliput.models.decoder import Decoder, init_tensor
+    from lilliput.models.sizes import PRESETS
+    from lilliput.parallel.rig import assemble
+
+    spec = replace(PRESETS["gpt-nano"], vocab=SYMBOLS, layers=layers, dim=dim, head_dim=dim // 4, ffn=4 * dim)
+    with torch.device("meta"):
+        model = Decoder(spec)
+    return assemble(
+        model, rooms, site=Site(declared("laptop"), sequences=ROWS, tokens=TOKENS), device=torch.device("cpu"), seed=seed, dtype="fp32", read=None,
+        init=lambda name, shape, seed: init_tensor(name, shape, seed, spec), optimizer={"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}, clip=1.0,
+    )  # fmt: skip
+
+
+def shuffled(count: int) -> Tensor:
+    """A fixed order, so that what is held out is of the same kind."""
+    import torch
+
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+
+
+def text(tokens: int) -> Tensor:
+    """The first characters of the language reference, as codes below 128."""
+    from pydoc_data.topics import topics
+
+    import torch
+
+    whole = "".join(topics[name] for name in sorted(topics)).encode("ascii", "replace")
+    return torch.frombuffer(bytearray(whole[:tokens]), dtype=torch.uint8).long()
+
+
+def counts() -> tuple[float, float]:
+    """(FP8 products a Linear in one step, kept bytes of what only the Linears keep, to fp32's)."""
+    from lilliput.memory.meter import Meter
+    from lilliput.train.fp8 import linears
+
+    micro = _micro(text(ROWS * (TOKENS + 1)).view(ROWS, TOKENS + 1))
+    saved, products = {}, {}
+    for name, rooms in {"plain": {}, "fp8": room()}.items():
+        made = rig(rooms, 0)
+        made.evaluate([micro])  # codes of the weights are there
+        with Meter(known=[*made.model.parameters(), *made.model.buffers(), micro.tokens_BT, micro.targets_BT]) as meter:
+            loss, _ = made.objective(made.model, micro)
+            saved[name] = meter.live
+            (loss / micro.weight).backward()
+        products[name] = meter.calls.get("mm", 0)
+    shapes, rows = linears(made.facts), ROWS * TOKENS
+    own = rows * sum(k for path, (_, k) in shapes.items() if path.endswith(("q_proj", "up_proj", "down_proj")))  # inputs that nothing else keeps
+    out = rows * sum(k for path, (_, k) in shapes.items() if path.endswith("o_proj"))  # attention keeps its output itself
+    head = 3  # its products are plain
+    return (products["fp8"] - head) / len(shapes), (4 * own - (saved["plain"] - saved["fp8"]) - out) / (4 * own)
+
+
+def _micro(rows_BT: Tensor) -> Any:
+    from lilliput.data.batch import MicroBatch
+
+    return MicroBatch(rows_BT[:, :-1].contiguous(), rows_BT[:, 1:].contiguous(), rows_BT[:, 1:].numel())
+
+
+def _row(scaling: str, bias: int | str, losses: Mapping[int, float], plain: Mapping[int, float]) -> dict[str, str | int | float]:
+    ratios = [losses[seed] / plain[seed] for seed in losses]
+    return {"scaling": scaling, "b": bias, "seeds": len(ratios), "loss": round(sum(losses.values()) / len(losses), 4),
+            "to fp32": round(sum(ratios) / len(ratios), 4), "worst seed": round(max(ratios), 4)}  # fmt: skip
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.1f} %"
+
 
 PAPER = Paper(
     name="fp8",
@@ -16,4 +157,10 @@ PAPER = Paper(
     year=2023,
     where="WANT at NeurIPS 2023, arXiv 2309.17224",
     claim="GPT and Llama 2 models from 111 million to 70 billion parameters keep at least 99.5 % of their FP16 accuracy.",
+    measured=(
+        "held-out loss of a 3-layer GPT over fp32's, 3 seeds: amax -0.2 %, unscaled +21.6 %; one constant exponent is valid from -8 to 16 in steps of 2 "
+        "only at 2 to 8; 3 FP8 products a linear, its kept input is 25% of fp32's"
+    ),
+    switches=("fp8.scaling=amax",),
+    run=run,
 )

@@ -9,7 +9,7 @@ Gain: what Linears keep for the backward pass takes one byte a number instead of
 On devices with 8-bit float units the products are faster too; CPUs have none: there fp32 products of the decoded codes cost more.
 Cost: a byte a weight for codes made once an optimizer step; the loss moves by some tenths of a percent. Weights, moments,
 norms, attention, embeddings and the head stay as they are. An infinite or NaN tensor makes the step's gradient NaN: it is skipped.
-With lora or qlora the frozen products are in FP8, their inputs stay in fp32 for the adapter.
+With lora or qlora the frozen products are in FP8, and so is x A of the adapter, which keeps the same codes of x.
 Skip it when: activations of Linears are not what fills the memory, or the loss must be that of the plain run (remat).
 
 Perez et al. 2023, arXiv 2309.17224. Published: GPT and Llama 2 from 111M to 70B within 0.5 % of FP16.
@@ -66,28 +66,35 @@ class Fp8(Section):
         width, inner = shapes[f"layers.0.{facts.linears[-1].removeprefix('layers.*.')}"]
         decoded = rows * width * (site.computed + 1)  # the gradient's codes, and decoded
         gradients = ledger.terms["gradients"]
-        if gradients.tier != "device" or gradients.size == facts.parameters * site.element:  # else the weights do not learn: inputs are kept for others
-            own = [a for a in facts.activations(site.sequences, site.tokens, site.computed) if a.inputs_of]
-            for a in own:
+        own = [a for a in facts.activations(site.sequences, site.tokens, site.computed) if a.inputs_of]
+        for a in own:
+            if f"activations.{a.name}" in ledger.terms:
                 ledger = ledger.scale(f"activations.{a.name}", 1 / site.computed)
-            for leaf, name in (("o_proj", "attention output"), ("down_proj", "mlp")):  # kept by what made them, too
-                if not any(leaf in a.inputs_of for a in own):
-                    term, (_, k) = ledger.terms[f"activations.{name}"], next(s for p, s in shapes.items() if p.endswith(leaf))
-                    ledger = ledger.put(**{f"activations.{name}": replace(term, size=term.size + rows * k * facts.layers)})
+        for leaf, name in (("o_proj", "attention output"), ("down_proj", "mlp")):  # kept by what made them, too
+            if not any(leaf in a.inputs_of for a in own):
+                term, (_, k) = ledger.terms[f"activations.{name}"], next(s for p, s in shapes.items() if p.endswith(leaf))
+                ledger = ledger.put(**{f"activations.{name}": replace(term, size=term.size + rows * k * facts.layers)})
+        if gradients.tier != "device" or gradients.size == facts.parameters * site.element:  # the weights learn
             decoded += min(rows * inner, width * inner) * site.computed
         return ledger.put(**{"transient.operands decoded": Term(decoded, moments=("backward",))})
 
     def swap(self, rig: Rig) -> Rig:
-        """One product a Linear; those that read the same tensor share its codes."""
+        """One product a Linear, and one an adapter's A; those that read the same tensor share its codes."""
         from lilliput.models.products import Fp8 as Product
         from lilliput.models.products import Reads
         from lilliput.ops.fp8 import Scaling
 
         scaling = Scaling(self.forward, self.backward, None if self.scaling == "amax" else self.bias)
-        shared: dict[tuple[str, ...], Reads] = {}
+        shared: dict[tuple[str, ...], Reads] = {}  # readers are counted as they are found
         for path in linears(rig.facts):
             linear, together = rig.model.get_submodule(path), readers(rig.facts, path)
-            linear.product = Product(scaling, shared.setdefault(together, Reads(len(together))))
+            reads = shared.setdefault(together, Reads(0))
+            linear.product = Product(scaling, reads)
+            reads.readers += 1
+            for delta in linear.deltas.values():
+                alone = delta.dropout is not None  # it reads what dropout leaves
+                delta.product = Product(scaling, Reads(1) if alone else reads)
+                reads.readers += 0 if alone else 1
             if linear.codec is None:
                 linear.product.room(linear.weight, rig.device)
         return rig

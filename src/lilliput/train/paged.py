@@ -96,7 +96,7 @@ class Pages:
         self.away: dict[int, tuple[Tensor, ...]] = {}  # page -> its moments as shapes alone
         self.evicted, self.pinned = 0, True
         self.meter = Meter(budget={"device": budget}, relieve=self.evict)
-        self.meter.adopt([*rig.model.parameters(), *rig.optimizer.state().values()])  # all of it is there between steps
+        self.meter.adopt([*rig.model.parameters(), *rig.model.buffers(), *rig.optimizer.state().values()])  # all of it is there between steps
         self.pinned = False
 
     def last(self) -> float:
