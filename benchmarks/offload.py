@@ -153,12 +153,8 @@ def delayed(show: Any, model: str, tokens: int, link: str, tile: int) -> None:
     for name in rigs:
         step(name)
     one, host = rigs["after the step"], rigs["after the step"].optimizer
-    parts = {
-        "forward and backward alone": timed(lambda: (one.schedule(one, batch, tokens), host.norm(), host.zero_grad())),
-        "update alone": timed(lambda: host._beside(host.take(1e-3, 1.0)) if host.rounded else None),
-    }
-    parts.pop("update alone")
-    found = interleaved({name: timed(lambda name=name: step(name)) for name in rigs} | parts)
+    alone = timed(lambda: (one.schedule(one, batch, tokens), host.norm(), host.zero_grad()))
+    found = interleaved({name: timed(lambda name=name: step(name)) for name in rigs} | {"forward and backward alone": alone})
     plain = found["after the step"]
     rows = [{"update": name, "seconds a step": f"{t:.3f}", "share": f"{t / plain:.2f}"} for name, t in found.items()]
     where = f"{model}, {tokens} tokens, link {link or 'as fast as it goes'}, one thread each, median of {ROUNDS}, load {os.getloadavg()[0]:.1f}"
