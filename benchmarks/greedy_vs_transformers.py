@@ -3,7 +3,8 @@
     make bench X=greedy_vs_transformers            (ARGS="--model smollm2-135m --runner native --prompts 64 --new 64" by default)
 
 Every mode does something else with the same requests: one at a time, 4 and 16 at once, prompts in chunks of 24 tokens, prompts that are
-found in the cache, a cache so small that requests are preempted, by swap and by recomputation. The oracle reads each of our answers in one
+found in the cache, a cache so small that requests are preempted, by swap and by recomputation, and guesses by prompt lookup and by the
+model's own first layers. The oracle reads each of our answers in one
 forward: if every token of it is transformers' best one after those before, then greedy search there says the same. Two correct fp32 programs
 may part where the two best logits are nearly equal; so at the first different token the oracle's top-2 gap is printed, and a gap of 1e-4 or
 more is a failure (exit code 1).
@@ -55,6 +56,9 @@ MODES: dict[str, tuple[int, dict[str, Any], int]] = {  # prompts at once, the en
     "16, found in the cache": (16, {"kv_tokens": 16384}, 2),
     "16, preempted by swap": (16, SMALL | {"preemption": "swap", "swap_tokens": 4096}, 1),
     "16, preempted by recomputation": (16, SMALL | {"preemption": "recompute"}, 1),
+    "1, guessed by prompt lookup": (1, {"draft": "ngram"}, 1),
+    "16, guessed by prompt lookup": (16, {"draft": "ngram"}, 1),
+    "4, guessed by the first layers": (4, {"draft": "layers:15"}, 1),
 }
 
 
@@ -97,6 +101,7 @@ def compare(model_name: str, new: int, runner: str = "native", count: int = 64) 
         stats = engine.stats()
         assert "swap" not in mode or stats.preempted_swap > 0, "nothing was swapped"
         assert "recomputation" not in mode or stats.preempted_recompute > 0, "nothing was computed again"
+        assert "guessed" not in mode or stats.accepted > 0, "no guess was taken"
         assert "found" not in mode or stats.prefix_hits > before, "nothing was found"
         for number, (prompt, ours) in enumerate(zip(prompts, got)):
             if (number, ours) not in judged:
