@@ -27,10 +27,10 @@ from lilliput.papers import fp8 as paper
 SIZES = {"2 layers, 64 wide": (2, 64), "3 layers, 96 wide": (3, 96), "6 layers, 160 wide": (6, 160)}
 
 
-def interval(out: Path, steps: int, show: Show) -> list[dict[str, Any]]:
+def interval(out: Path, steps: int, show: Show, sizes: int) -> list[dict[str, Any]]:
     """Rows of (size, b, loss over fp32's), and the valid b of each size."""
     rows, figure = [], _figure()
-    for name, (layers, dim) in SIZES.items():
+    for name, (layers, dim) in list(SIZES.items())[:sizes]:
         train = lambda rooms, layers=layers, dim=dim: paper.trained(rooms, 0, layers, dim, steps)
         plain = train({})
         own = train(paper.room()) / plain
@@ -123,12 +123,16 @@ def main() -> int:
     options.add_argument("what", choices=("interval", "biases", "text"))
     options.add_argument("--out", type=Path, default=Path("fp8"))
     options.add_argument("--path", type=Path, help="a text, for `text`")
+    options.add_argument("--sizes", type=int, default=len(SIZES), help="how many models, smallest first, for `interval`")
     options.add_argument("--steps", type=int, default=paper.STEPS)
     options.add_argument("--json", action="store_true")
     args = options.parse_args()
     show = Show(json=args.json)
     torch.set_num_threads(1)
-    rows = text(args.path, args.steps, show) if args.what == "text" else {"interval": interval, "biases": biases}[args.what](args.out, args.steps, show)
+    if args.what == "text":
+        rows = text(args.path, args.steps, show)
+    else:
+        rows = biases(args.out, args.steps, show) if args.what == "biases" else interval(args.out, args.steps, show, args.sizes)
     show.data({"what": args.what, "steps": args.steps, "rows": rows})
     show.table(rows, tuple(rows[0]), f"{args.what}, {args.steps} steps")
     return 0
