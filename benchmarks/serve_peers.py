@@ -1,6 +1,6 @@
 """Servers beside each other: ours and any others that speak OpenAI's API, loaded in turn by the same client.
 
-    make bench X=serve_peers ARGS="--ours smollm2-135m smollm2-135m,serve.weights=fp32 --peer vLLM=http://127.0.0.1:8001,NAME --peer llama.cpp=http://127.0.0.1:8002,NAME"
+    make bench X=serve_peers ARGS="--ours smollm2-135m smollm2-135m,serve.weights=fp32 --peer vLLM=http://127.0.0.1:8001,NAME"
 
 Start the peers first, for instance (2 threads each):
     OMP_NUM_THREADS=2 VLLM_CPU_KVCACHE_SPACE=2 vllm serve FOLDER --dtype float32 --max-model-len 4096 --no-enable-prefix-caching --port 8001
