@@ -127,7 +127,8 @@ def choices(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
         solved, asked = read[: args.shots], read[args.shots :]
         before = "".join(f"{context}{continuation}\n\n" for context, continuation in (one.choices[one.answer] for one in solved))
         pairs = [[encode_pair(tokenizer, before + context, continuation) for context, continuation in one.choices] for one in asked]
-        row: dict[str, Any] = {"task": task, "questions": len(asked), "tokens": round(statistics.fmean(len(p.context) + len(p.continuation) for four in pairs for p in four))}
+        read_each = round(statistics.fmean(len(p.context) + len(p.continuation) for four in pairs for p in four))
+        row: dict[str, Any] = {"task": task, "questions": len(asked), "tokens": read_each}
         for policy in ("full", f"heavy_hitter:{size // 2}+{size // 2}", f"sinks:4+{size - 4}", f"sliding:{size}"):
             one = engine(args, policy, 2048)
             found = [[Score(sum(logprobs(one, [*p.context, *p.continuation])[-len(p.continuation) :]), False) for p in four] for four in pairs]
