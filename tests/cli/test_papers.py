@@ -51,7 +51,7 @@ def test_status_is_derived_from_run_and_registry():
 
 
 def test_no_system_without_a_run_claims_to_work():
-    working = ["checkpointing", "zero-offload", "poet", "qlora", "flashattention-2", "bytetransformer", "vllm", "speculative-decoding",
+    working = ["checkpointing", "zero-offload", "zero-infinity", "poet", "qlora", "flashattention-2", "bytetransformer", "vllm", "speculative-decoding",
                "streamingllm", "h2o"]  # fmt: skip
     assert [paper.name for paper in every() if paper.works] == working
 
@@ -176,3 +176,10 @@ def test_cache_policies_claims_hold_here(name, smollm2):
     finding = index.find(name).run()
     assert finding.holds, finding.summary
     assert finding.summary == index.find(name).measured, "the table of `lilliput papers` tells another number"
+
+
+def test_zero_infinity_claim_holds_here():
+    finding = index.find("zero-infinity").run()
+    assert finding.holds, finding.summary
+    assert finding.summary == index.find("zero-infinity").measured, "the table of `lilliput papers` tells another number"
+    assert [row["states, TiB"] for row in finding.rows] == [1.83, 9.16, 18.31, 182.81, 1845.7]

@@ -201,6 +201,12 @@ def test_sections_that_make_it_fit_are_chosen_once_and_pinned(text: Path, tmp_pa
         run(text, tmp_path / "small", **{"memory.device": "100KB"})
 
 
+def test_kill_minus_nine_with_everything_on_disk(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "whole")
+    disk = ("infinity.parameters=disk", "infinity.optimizer=disk", f"infinity.folder={tmp_path / 'scratch'}")
+    kill_and_resume(text, tmp_path, tmp_path / "whole", 1, 5, *disk)
+
+
 @pytest.mark.slow
 def test_kill_minus_nine_twenty_times(text: Path, tmp_path: Path) -> None:
     run(text, tmp_path / "whole")

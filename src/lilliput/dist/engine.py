@@ -13,6 +13,7 @@ import mmap
 import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -86,6 +87,7 @@ class File:
             except BaseException:
                 os.close(self.handle)
                 raise
+        self._close = weakref.finalize(self, os.close, self.handle)
 
     @property
     def direct(self) -> bool:
@@ -107,7 +109,7 @@ class File:
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self.handle)
+        self._close()
 
     def _move(self, call: Callable[[memoryview, int], int], buffer: Tensor, at: int) -> None:
         view, done = memoryview(buffer.numpy().data), 0
