@@ -51,7 +51,7 @@ def test_status_is_derived_from_run_and_registry():
 
 
 def test_no_system_without_a_run_claims_to_work():
-    working = ["checkpointing", "zero-offload", "zero-infinity", "poet", "qlora", "flashattention-2", "bytetransformer", "vllm", "speculative-decoding",
+    working = ["checkpointing", "zero-offload", "zero-infinity", "poet", "qlora", "fp8", "flashattention-2", "bytetransformer", "vllm", "speculative-decoding",
                "streamingllm", "h2o"]  # fmt: skip
     assert [paper.name for paper in every() if paper.works] == working
 
