@@ -85,7 +85,8 @@ def test_rows_in_fp8(level: str) -> None:
             linear.weight.data = linear.weight.half().float()
     with native.using(level), torch.inference_mode():
         got, plain = small(tokens), lowered(eager(LLAMA), "fp8")(tokens)
-        assert float((got - model(tokens)).norm() / got.norm()) < 0.02 < 0.5 * float((got - plain).norm() / got.norm()), "nearer than weights alone"
+        apart, alone = (float((got - other).norm() / got.norm()) for other in (model(tokens), plain))
+        assert apart < 0.6 * alone < 0.06, f"a number near a tie may fall to either side: {apart} from the same rounding, {alone} from weights alone"
         assert torch.equal(small(torch.cat([tokens, tokens.flip(1) * 5])[:, :20])[0], got[0])
 
 

@@ -2,7 +2,7 @@
 
     f32, f16     the numbers themselves
     nf4          16 levels of a normal distribution times an fp16 scale (the largest magnitude) a group of 32, 64 or 128 inputs
-    e4m3, e5m2   8-bit floats times an fp32 scale an output; what does not fit saturates, ties round to even, subnormals count
+    e4m3, e5m2   8-bit floats times an fp32 scale an output, the best of eight; what does not fit saturates, ties round to even, subnormals count
 
 NF4 suits weights, which are nearly normal; it is decoded by a table, FP8 by moving its bits into fp32's places.
 `decode` is the reference of every product with these formats.
@@ -33,7 +33,7 @@ def encode(weight_NK: Tensor, format: str, group: int = 64) -> PackedWeight:
         return PackedWeight(format, outputs, inputs, 0, "symmetric", _by_input(stored))
     if format in FP8:
         kind = FP8[format]
-        scales = (weight_NK.abs().amax(1, keepdim=True) / torch.finfo(kind).max).clamp(min=1e-38)
+        scales = _nearest_scales(weight_NK, kind)
         q = (weight_NK / scales).clamp(-torch.finfo(kind).max, torch.finfo(kind).max).to(kind).view(torch.uint8)
         return PackedWeight(format, outputs, inputs, 0, "symmetric", _by_input(q), group_tensor(scales))
     assert format == "nf4", f"{format} is not a floating format"
@@ -44,6 +44,18 @@ def encode(weight_NK: Tensor, format: str, group: int = 64) -> PackedWeight:
     eights = panels(n).unflatten(2, (-1, 2, 4))
     data = (eights[:, :, :, 0] | eights[:, :, :, 1] << 4).transpose(1, 2).contiguous()
     return PackedWeight("nf4", outputs, inputs, group, "symmetric", data, group_tensor(scales_NG))
+
+
+def _nearest_scales(weight_NK: Tensor, kind: torch.dtype) -> Tensor:
+    """fp32 [N, 1]: of eight scales of an output within the factor 2, the largest number never above the format's, the one of the least squared error."""
+    largest = torch.finfo(kind).max
+    first = weight_NK.abs().amax(1, keepdim=True).div_(largest).clamp_(min=1e-38)
+    best, least = first, torch.full_like(first, torch.inf)
+    for eighth in range(8):
+        scales = first * 2 ** (eighth / 8)
+        error = (weight_NK / scales).clamp_(-largest, largest).to(kind).float().mul_(scales).sub_(weight_NK).square_().sum(1, keepdim=True)
+        best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
+    return best
 
 
 def nearest_nf4(x: Tensor) -> Tensor:
