@@ -4,9 +4,9 @@
 
 Needs bitsandbytes (no dependency), peft and transformers. Both sides: NF4 of 64 with double quantisation on all Linears of the blocks, adapters on
 the same Linears, no dropout, clipping 1.0, fused AdamW, no recomputation. Theirs once computes in fp32, as ours, and once in bf16.
-Further rows of ours: storage=file, fp32 lora, and qlora whose matrices are decoded by plain torch. A turn is one whole step; tokens/s are
-medians of the rounds, ratios medians of the rounds' ratios (above 1: ours is faster). First losses are printed: the same model on the
-same tokens, apart from the second level of the scales.
+Further rows of ours: storage=file, paged (the cost of being counted), fp32 lora, and qlora whose matrices are decoded by plain torch. A turn is
+one whole step; tokens/s are medians of the rounds, ratios medians of the rounds' ratios (above 1: ours is faster). First losses
+are printed: the same model on the same tokens, apart from the second level of the scales.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from lilliput.parallel.rig import Rig, assemble
 RATE, ALPHA = 1e-4, 16.0
 
 
-def ours(checkpoint: Checkpoint, room: str, batch: int, tokens: int, **knobs: Any) -> Rig:
-    """A rig over the checkpoint with one room."""
+def ours(checkpoint: Checkpoint, batch: int, tokens: int, **rooms: dict[str, Any]) -> Rig:
+    """A rig over the checkpoint with these rooms (name -> knobs)."""
     spec = checkpoint.spec
     with torch.device("meta"):
         model = Decoder(spec)
     return assemble(
-        model, {room: registry.find("train", room)(alpha=ALPHA, **knobs)}, site=Site(hardware.detect(), sequences=batch, tokens=tokens),
+        model, {name: registry.find("train", name)(**knobs) for name, knobs in rooms.items()}, site=Site(hardware.detect(), sequences=batch, tokens=tokens),
         device=torch.device("cpu"), seed=0, dtype="fp32", read=checkpoint.read, blocks=checkpoint.blocks,
         init=lambda name, shape, seed: init_tensor(name, shape, seed, spec), optimizer={"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}, clip=1.0,
     )  # fmt: skip
@@ -72,7 +72,7 @@ def step_of_theirs(model: Any, optimizer: torch.optim.Optimizer, micro: MicroBat
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return float(loss)
+    return float(loss.detach())
 
 
 def main() -> None:
@@ -88,6 +88,7 @@ def main() -> None:
     args = options.parse_args()
     show = Show(json=args.json)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     native.threads(args.threads)
     source = resolve_spec(args.model)[1]
@@ -95,8 +96,12 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     draw = lambda: torch.randint(0, checkpoint.spec.vocab, (args.batch, args.tokens), generator=generator)
     micro = MicroBatch(draw(), draw(), args.batch * args.tokens)
-    built = lambda room, **knobs: ours(checkpoint, room, args.batch, args.tokens, rank=args.rank, **knobs)
-    rigs = {"qlora": built("qlora"), "qlora storage=file": built("qlora", storage="file"), "lora fp32": built("lora")}
+    adapter = {"rank": args.rank, "alpha": ALPHA}
+    built = lambda **rooms: ours(checkpoint, args.batch, args.tokens, **rooms)
+    rigs = {
+        "qlora": built(qlora=adapter), "qlora storage=file": built(qlora={**adapter, "storage": "file"}),
+        "qlora, paged with room for all": built(qlora=adapter, paged={"budget": "64GB"}), "lora fp32": built(lora=adapter),
+    }  # fmt: skip
     sides: dict[str, Callable[[], float]] = {name: (lambda rig=rig: rig.step([micro], RATE, 0).mean) for name, rig in rigs.items()}
 
     def plain() -> float:
