@@ -210,20 +210,6 @@ def test_kill_minus_nine_twenty_times(text: Path, tmp_path: Path) -> None:
     kill_and_resume(text, tmp_path, tmp_path / "whole", trials=20, seed=2)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("room", ["remat", "poet"])
-def test_kill_minus_nine_of_planned_runs_ten_times(room: str, text: Path, tmp_path: Path) -> None:
-    """At the smallest budget that can be met, so that tensors are run again or paged."""
-    words = {"poet.stages": "4"} if room == "poet" else {}
-    with pytest.raises(DoesNotFit) as least:
-        run(text, tmp_path / "least", **words, **{f"{room}.budget": "1B"})
-    words[f"{room}.budget"] = f"{least.value.needs}B"
-    run(text, tmp_path / "whole", **words)
-    assert json.loads((tmp_path / "whole" / "memory.json").read_text())["planner"] != "keep everything"
-    kill_and_resume(text, tmp_path, tmp_path / "whole", 10, 3, *(f"{key}={value}" for key, value in words.items()))
-
-
 def test_another_job_in_the_same_folder_is_refused_and_nothing_is_lost(text: Path, tmp_path: Path) -> None:
     run(text, tmp_path / "run")
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
