@@ -22,6 +22,7 @@ from lilliput.models.facts import facts
 from lilliput.models.sizes import PRESETS
 from lilliput.parallel.rig import Rig
 from lilliput.plan.estimate import estimate_training
+from lilliput.train.fp8 import Fp8
 from lilliput.train.paged import Paged
 from lilliput.train.qlora import Qlora
 from lilliput.train.remat import Remat
@@ -91,7 +92,10 @@ def test_what_does_not_fit_without_moments_is_refused() -> None:
     assert len(rig.update.__self__.away) == len(rig.trainable()), "it gave everything before it gave up"
 
 
-@pytest.mark.parametrize("rooms", [{"qlora": Qlora(rank=64)}, {"remat": Remat()}, {"qlora": Qlora(rank=64), "remat": Remat()}], ids="+".join)
+ALL = {"qlora": Qlora(rank=64), "remat": Remat(plan="sqrt"), "fp8": Fp8()}
+
+
+@pytest.mark.parametrize("rooms", [{"qlora": Qlora(rank=64)}, {"remat": Remat()}, {"qlora": Qlora(rank=64), "remat": Remat()}, ALL], ids="+".join)
 def test_beside_other_rooms(rooms: dict) -> None:
     """Under remat each tensor lives as planned, and eviction comes on top; adapters have moments too."""
     plain, spike = make_rig(rooms), peak(make_rig(rooms), SPIKE)
