@@ -210,6 +210,20 @@ def test_kill_minus_nine_twenty_times(text: Path, tmp_path: Path) -> None:
     kill_and_resume(text, tmp_path, tmp_path / "whole", trials=20, seed=2)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("room", ["remat", "poet"])
+def test_kill_minus_nine_of_planned_runs_ten_times(room: str, text: Path, tmp_path: Path) -> None:
+    """At the smallest budget that can be met, so that tensors are run again or paged."""
+    words = {"train.tokens_per_step": "64"} | ({"poet.stages": "4"} if room == "poet" else {})
+    with pytest.raises(DoesNotFit) as least:
+        run(text, tmp_path / "least", **words, **{f"{room}.budget": "1B"})
+    words[f"{room}.budget"] = f"{least.value.needs}B"
+    run(text, tmp_path / "whole", **words)
+    assert json.loads((tmp_path / "whole" / "memory.json").read_text())["planner"] != "keep everything"
+    kill_and_resume(text, tmp_path, tmp_path / "whole", 10, 3, *(f"{key}={value}" for key, value in words.items()))
+
+
 def test_another_job_in_the_same_folder_is_refused_and_nothing_is_lost(text: Path, tmp_path: Path) -> None:
     run(text, tmp_path / "run")
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
@@ -301,3 +315,24 @@ def test_what_does_not_fit_is_refused_before_it_starts(text: Path, tmp_path: Pat
         run(text, tmp_path / "run", model="llama-70b")
     assert caught.value.exit_code == 3 and "GiB" in caught.value.why
     assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("room", ["remat.budget", "poet.budget"])
+def test_a_run_keeps_the_plan_that_it_began_with(room: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans depend on measured speeds; a run that goes on reads its own. Two of them: a second micro-batch finds gradients there."""
+    from lilliput.memory.planned import Planned
+
+    with pytest.raises(DoesNotFit) as least:
+        run(text, tmp_path / "none", **{room: "1KB"})
+    budget = {room: f"{least.value.needs}B", "train.save_every": "3"}
+    run(text, tmp_path / "run", **budget, **{"train.steps": "6", "train.schedule": "constant"})
+    kept = {file.name: file.read_text() for file in (tmp_path / "run").glob("memory*.json")}
+    assert set(kept) == {"memory.json", "memory-2.json"} and any('"recompute"' in text or '"page"' in text for text in kept.values())
+    made = Planned.__init__
+
+    def never(self, objective, choose, *more) -> None:
+        made(self, objective, lambda trace: pytest.fail("it was planned anew"), *more)
+
+    monkeypatch.setattr(Planned, "__init__", never)
+    run(text, tmp_path / "run", **budget, **{"train.steps": "9", "train.schedule": "constant"})
+    assert {file.name: file.read_text() for file in (tmp_path / "run").glob("memory*.json")} == kept

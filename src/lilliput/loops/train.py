@@ -119,7 +119,9 @@ class _Loop:
         self.rig = self._assemble(spec, checkpoint, data.sequence)
         self.identity = self._identity(spec)
         if self.rig.plan is not None:
-            records.atomic_write(self.run.folder / "memory.json", self.rig.plan.to_json())
+            others = [plan for plan in self.rig.plans.values() if plan is not self.rig.plan]
+            for name, plan in zip(("memory.json", "memory-2.json"), (self.rig.plan, *others)):
+                records.atomic_write(self.run.folder / name, plan.to_json())
             self.show.line(f"memory: {self.rig.plan.planner} ({self.run.folder / 'memory.json'})")
 
     def _open(self, open_data: Any, data: Any, context: int) -> tuple[Any, Any]:
@@ -177,6 +179,7 @@ class _Loop:
     def _assemble(self, spec: DecoderSpec, checkpoint: Checkpoint | None, sequence: int) -> Rig:
         import torch
 
+        from lilliput.memory.plan import MemoryPlan
         from lilliput.models.decoder import Decoder, init_tensor
         from lilliput.models.load import pick_device
         from lilliput.parallel.rig import assemble
@@ -190,8 +193,9 @@ class _Loop:
             model = Decoder(spec)
         model.dropout = settings.dropout
         source = checkpoint if settings.init == "weights" else None
+        begun = [MemoryPlan.from_json(file.read_text()) for file in self.run.folder.glob("memory*.json")]
         return assemble(
-            model, self.job.rooms, site=self.estimate.site, device=device, seed=top.seed, dtype=top.dtype, clip=settings.clip,
+            model, self.job.rooms, plans={plan.trace: plan for plan in begun}, site=self.estimate.site, device=device, seed=top.seed, dtype=top.dtype, clip=settings.clip,
             read=source.read if source else None, blocks=source.blocks if source else lambda name: None,
             init=lambda name, shape, seed: init_tensor(name, shape, seed, spec),
             optimizer={"betas": (settings.beta1, settings.beta2), "eps": settings.eps, "weight_decay": settings.weight_decay},

@@ -41,14 +41,15 @@ class Planned:
 
     choose(trace) -> (name, decisions). The micro-batch is a dataclass with tensors in it. device, dtype(name): where and how parameters
     on meta will lie. stores(trace): where its pages go, by tier. leave: gradients leave the device as they come (memory.capture).
-    summon: fills a parameter that is not on the device before an operation runs again with it.
+    summon: fills a parameter that is not on the device before an operation runs again with it. pinned: plans by their trace's digest,
+    taken instead of choosing.
     """
 
     def __init__(self, objective: Objective, choose: Choose, device: str, dtype: Callable[[str], torch.dtype],
                  stores: Callable[[Trace], Mapping[str, Store]] = lambda trace: {}, leave: bool = False,
-                 summon: Callable[[torch.Tensor], None] | None = None) -> None:  # fmt: skip
+                 summon: Callable[[torch.Tensor], None] | None = None, pinned: Mapping[str, MemoryPlan] = {}) -> None:  # fmt: skip
         self.objective, self.choose, self.device, self.dtype, self.stores, self.leave = objective, choose, device, dtype, stores, leave
-        self.summon = summon
+        self.summon, self.pinned = summon, pinned
         self.ready: dict[Any, Ready] = {}
 
     def __call__(self, model: nn.Module, micro: Any) -> tuple[torch.Tensor, int]:
@@ -86,10 +87,11 @@ class Planned:
             model, step, list(given.values()), gradients=gradients, device=self.device, dtype=self.dtype, leave=self.leave,
             then=lambda loss: loss / weight,
         )  # fmt: skip
-        name, decisions = self.choose(trace)
+        pinned = self.pinned.get(trace.digest())
+        name, decisions = (pinned.planner, pinned.decisions()) if pinned else self.choose(trace)
         schedule = lower(trace, decisions)
         simulation = simulate(schedule)
-        plan, sizes = written(trace, name, decisions, simulation), tuple(t.numel() for t in given.values())
+        plan, sizes = pinned or written(trace, name, decisions, simulation), tuple(t.numel() for t in given.values())
         ready = Ready(Executor(schedule, funcs, self.stores(trace), summon=self.summon), plan, simulation, sizes)
         self.ready[self.key(micro, gradients)] = ready
         return ready

@@ -75,7 +75,8 @@ class Rig:
     summon: Callable[[torch.Tensor], None] | None = None  # fills a parameter that rests in another tier, for the next operation
     visits: int = 0  # bytes of the device for such parameters
     keeper: Any = None  # save(folder, tag) and restore(folder, tag, steps) in place of the checkpoint's own files
-    plan: Any = None  # the MemoryPlan that the step is carried out under, where a room made one
+    plan: Any = None  # the MemoryPlan that the step is carried out under, where a room made one: the tightest of `plans`
+    plans: Mapping[str, Any] = field(default_factory=dict)  # digest of a trace -> its MemoryPlan; before a room acts: those a run began with
     blocks: Callable[[str], tuple[str, Any] | None] = lambda name: None  # (GGUF type, rows of blocks) of a matrix that its file holds quantised
     exports: Mapping[str, Callable[[Rig, Path], None]] = field(default_factory=dict)  # folder name -> writer
     weight: Callable[[Rig, str], torch.Tensor] = lambda rig, name: rig.model.get_parameter(name).detach()  # as files hold it
@@ -188,6 +189,7 @@ def outline(
     init: Callable[[str, tuple[int, ...], int], torch.Tensor],
     clip: float,
     blocks: Callable[[str], tuple[str, Any] | None] = lambda name: None,
+    plans: Mapping[str, Any] | None = None,
 ) -> Rig:
     """The rig of a model built on meta before anything is loaded: every act up to STORE. Arguments and refusals as `assemble` has them."""
     facts = model.facts
@@ -197,7 +199,7 @@ def outline(
     rig = Rig(
         model=model, facts=facts, site=site, device=device, seed=seed, homes=(("*", Home(dtype)),), init=(whole,),
         objective=next_token, schedule=accumulate, update=clip_and_step, clip=clip, counter=model.counter,
-        blocks=blocks,
+        blocks=blocks, plans=plans or {},
     )  # fmt: skip
     for phase, _, act in order(rooms):
         if phase < Phase.STEP:
@@ -209,7 +211,7 @@ def assemble(model: Any, rooms: Mapping[str, Strategy], *, optimizer: Mapping[st
     """Assemble a model built on meta (it states `facts` and carries a dropout `counter`) with its rooms; order: see above.
 
     read(name) gives a parameter from the checkpoint (None: all from `init`); init(name, shape, seed) makes a fresh one. site, device,
-    seed, dtype, clip: as `outline` takes them. blocks(name): the same as a GGUF stores it, (type, rows of blocks), where it is quantised.
+    seed, dtype, clip, plans (those that the run began with): as `outline` takes them. blocks(name): the same as a GGUF stores it, (type, rows of blocks), where it is quantised.
     optimizer: keywords of parallel.optimizer.AdamW, or of what a room makes in its place. Raises UserError when a room refuses.
     """
     rig = outline(model, rooms, **job)

@@ -16,7 +16,6 @@ Patil, Jain, Dutta, Stoica, Gonzalez 2022, arXiv 2207.07697, section 4. Needs sc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -28,7 +27,7 @@ from lilliput.base.facts import Facts
 from lilliput.base.ledger import Ledger, Tier
 from lilliput.base.protocols import Phase, Site
 from lilliput.base.show import parse_size, size
-from lilliput.train.remat import fewest
+from lilliput.train.remat import fewest, under
 
 if TYPE_CHECKING:
     from lilliput.memory.simulate import Rates, Simulation
@@ -75,27 +74,16 @@ class Poet(Section):
 
     def place(self, rig: Rig) -> Rig:
         """Plan for the job's batch shape now, so that what does not fit is refused before anything is loaded."""
-        import torch
 
-        from lilliput.data.batch import MicroBatch
-        from lilliput.memory.planned import Planned
         from lilliput.memory.stores import FileStore, HostStore, Store
-        from lilliput.models.checkpoints import STORED
-
-        stored = lambda name: getattr(torch, STORED[rig.home(name).codec][0])
-        standing, leave = rig.standing(), rig.leaving()
 
         def store(trace: Trace) -> Store:
             if self.tier == "host":
                 return HostStore(device=rig.device)
             return FileStore(Path(self.scratch) / f"pages-{trace.digest()}", {s.index: s.bytes for s in trace.saved()}, device=rig.device)
 
-        planned = Planned(rig.objective, lambda trace: self.choose(trace, rig, standing), str(rig.device), stored,
-                          lambda trace: {self.tier: store(trace)}, leave, rig.summon)  # fmt: skip
-        tokens_BT = torch.empty(rig.site.sequences, rig.site.tokens, dtype=torch.int64, device="meta")
-        micro = MicroBatch(tokens_BT, tokens_BT.clone(), tokens_BT.numel())
-        made = [planned.prepare(rig.model, micro, gradients) for gradients in ((False, True) if rig.site.micro_batches > 1 and not leave else (False,))]
-        return replace(rig, objective=planned, plan=max(made, key=lambda ready: ready.simulation.peak["device"]).plan)
+        standing = rig.standing()
+        return under(rig, lambda trace: self.choose(trace, rig, standing), lambda trace: {self.tier: store(trace)})
 
     def rates(self, trace: Trace, rig: Rig) -> Rates:
         """Seconds for the trace's operations, and the links: the board's or this machine's."""

@@ -30,6 +30,8 @@ from lilliput.base.protocols import Phase, Site
 from lilliput.base.show import parse_size, size
 
 if TYPE_CHECKING:
+    from lilliput.memory.planned import Choose
+    from lilliput.memory.stores import Store
     from lilliput.memory.trace import Trace
     from lilliput.parallel.rig import Rig
 
@@ -98,20 +100,9 @@ class Remat(Section):
         return ledger.drop(*gone).put(**kept, **{"transient.one tensor again": Term(largest, flops=again, moments=("backward",))})
 
     def recompute(self, rig: Rig) -> Rig:
-        """Plan for the job's batch shape now, so that what does not fit is refused before anything is loaded; then run under the plan."""
-        import torch
-
-        from lilliput.data.batch import MicroBatch
-        from lilliput.memory.planned import Planned
-        from lilliput.models.checkpoints import STORED
-
-        stored = lambda name: getattr(torch, STORED[rig.home(name).codec][0])
-        standing, leave = rig.standing(), rig.leaving()
-        planned = Planned(rig.objective, lambda trace: self.choose(trace, rig, standing), str(rig.device), stored, leave=leave, summon=rig.summon)
-        tokens_BT = torch.empty(rig.site.sequences, rig.site.tokens, dtype=torch.int64, device="meta")
-        micro = MicroBatch(tokens_BT, tokens_BT.clone(), tokens_BT.numel())
-        made = [planned.prepare(rig.model, micro, gradients) for gradients in ((False, True) if rig.site.micro_batches > 1 and not leave else (False,))]
-        return replace(rig, objective=planned, plan=max(made, key=lambda ready: ready.simulation.peak["device"]).plan)
+        """Under a plan from now on."""
+        standing = rig.standing()
+        return under(rig, lambda trace: self.choose(trace, rig, standing))
 
     def choose(self, trace: Trace, rig: Rig, standing: int) -> tuple[str, Mapping[int, Any]]:
         """(name, decisions) for one trace; standing: bytes of weights and optimizer. DoesNotFit where no plan meets the budget."""
@@ -137,6 +128,31 @@ class Remat(Section):
             return option.name, option.decisions
         every = self.segment(rig.facts)
         return f"segments of {every} blocks", segments(blocks, [0, *range(1, len(blocks), every)], until=len(blocks) - 1)
+
+
+
+def under(rig: Rig, choose: Choose, stores: Callable[[Trace], Mapping[str, Store]] = lambda trace: {}) -> Rig:
+    """The rig with its objective under plans for the job's batch shape, which are made now, so that what does not fit is refused before anything
+    is loaded. A run that goes on keeps the plans that it began with (rig.plans). choose, stores: as memory.planned.Planned takes them."""
+    import torch
+
+    from lilliput.data.batch import MicroBatch
+    from lilliput.memory.planned import Planned
+    from lilliput.models.checkpoints import STORED
+
+    stored = lambda name: getattr(torch, STORED[rig.home(name).codec][0])
+    leave = rig.leaving()
+    planned = Planned(rig.objective, choose, str(rig.device), stored, stores, leave, rig.summon, rig.plans)
+    tokens_BT = torch.empty(rig.site.sequences, rig.site.tokens, dtype=torch.int64, device="meta")
+    micro = MicroBatch(tokens_BT, tokens_BT.clone(), tokens_BT.numel())
+    finds = (False, True) if rig.site.micro_batches > 1 and not leave else (False,)  # gradients of the micro-batches before
+    try:
+        made = [planned.prepare(rig.model, micro, gradients) for gradients in finds]
+    except DoesNotFit:
+        planned.prepare(rig.model, micro, finds[-1])  # which needs more: its refusal names what is enough for all
+        raise
+    tightest = max(made, key=lambda ready: ready.simulation.peak["device"]).plan
+    return replace(rig, objective=planned, plan=tightest, plans={ready.plan.trace: ready.plan for ready in made})
 
 
 def fewest(ledger: Ledger, facts: Facts, site: Site, limit: int) -> Ledger:
