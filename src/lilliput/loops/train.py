@@ -195,7 +195,8 @@ class _Loop:
         source = checkpoint if settings.init == "weights" else None
         begun = [MemoryPlan.from_json(file.read_text()) for file in self.run.folder.glob("memory*.json")]
         return assemble(
-            model, self.job.rooms, plans={plan.trace: plan for plan in begun}, site=self.estimate.site, device=device, seed=top.seed, dtype=top.dtype, clip=settings.clip,
+            model, self.job.rooms, plans={plan.trace: plan for plan in begun}, site=self.estimate.site, device=device, seed=top.seed,
+            dtype=top.dtype, clip=settings.clip,
             read=source.read if source else None, blocks=source.blocks if source else lambda name: None,
             init=lambda name, shape, seed: init_tensor(name, shape, seed, spec),
             optimizer={"betas": (settings.beta1, settings.beta2), "eps": settings.eps, "weight_decay": settings.weight_decay},

@@ -211,7 +211,7 @@ def assemble(model: Any, rooms: Mapping[str, Strategy], *, optimizer: Mapping[st
     """Assemble a model built on meta (it states `facts` and carries a dropout `counter`) with its rooms; order: see above.
 
     read(name) gives a parameter from the checkpoint (None: all from `init`); init(name, shape, seed) makes a fresh one. site, device,
-    seed, dtype, clip, plans (those that the run began with): as `outline` takes them. blocks(name): the same as a GGUF stores it, (type, rows of blocks), where it is quantised.
+    seed, dtype, clip, plans: as `outline` takes them. blocks(name): the same as a GGUF stores it, (type, rows of blocks), where it is quantised.
     optimizer: keywords of parallel.optimizer.AdamW, or of what a room makes in its place. Raises UserError when a room refuses.
     """
     rig = outline(model, rooms, **job)
