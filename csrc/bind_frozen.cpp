@@ -9,15 +9,6 @@ namespace {
 
 constexpr long TASK = 256;  // blocks: at most 64 KiB out
 
-template <class F>
-void in_tasks(long blocks, F&& f) {
-  const long tasks = (blocks + TASK - 1) / TASK, each = (tasks + MAX_TASKS - 1) / MAX_TASKS * TASK;
-  if (blocks) parallel(int((blocks + each - 1) / each), [&](int task, int) {
-    const long from = task * each, end = from + each;
-    f(from, end < blocks ? end : blocks);
-  });
-}
-
 long steps(long blocks) { return (blocks + SECOND - 1) / SECOND; }
 
 }  // namespace
@@ -29,7 +20,7 @@ void bind_frozen(nb::module_& m) {
     const uint8_t* numbers = at<uint8_t>(stored) + 4 * count;
     const auto* q = reinterpret_cast<const int8_t*>(numbers + blocks * (NF4_BLOCK / 2));
     const Nf4Matrix matrix{{doubled ? nullptr : wide, q, wide, doubled ? wide[count - 1] : 0.0f}, numbers};
-    in_tasks(blocks, [&](long from, long to) { frozen().nf4(matrix, at<float>(out), from, to); });
+    parallel_ranges(blocks, TASK, [&](long from, long to) { frozen().nf4(matrix, at<float>(out), from, to); });
   }, Released());
   m.def("q4_decode", [](Address stored, long blocks, bool doubled, Address out) {
     const float* wide = at<float>(stored);  // [steps of scales][mean][steps of offsets][mean]
@@ -39,6 +30,6 @@ void bind_frozen(nb::module_& m) {
     const auto* q = reinterpret_cast<const int8_t*>(numbers + blocks * (Q4_BLOCK / 2));
     const Q4Matrix matrix{{doubled ? nullptr : half, q, wide, doubled ? wide[count - 1] : 0.0f},
                           {doubled ? nullptr : half + blocks, q + blocks, wide + count, doubled ? wide[2 * count - 1] : 0.0f}, numbers};
-    in_tasks(blocks, [&](long from, long to) { frozen().q4(matrix, at<float>(out), from, to); });
+    parallel_ranges(blocks, TASK, [&](long from, long to) { frozen().q4(matrix, at<float>(out), from, to); });
   }, Released());
 }

@@ -26,14 +26,14 @@ inline void pause() {
 #endif
 }
 
-// One 64-bit word says everything: region number (32 bits), number of tasks (16), next task (16). A worker takes a task by
-// fetch_add; whether what it got is a task follows from the word alone, so a late worker can never run a task of a region that
-// has ended, and the region's fields cannot change while a task that was taken is not yet counted in `done`.
-struct Place {
+struct Place {  // of a worker
   std::atomic<int> at{-1};  // the core it was last seen on
   int kept_off = -1;        // the core that it may not use; -1: none
 };
 
+// One 64-bit word says everything: region number (32 bits), number of tasks (16), next task (16). A worker takes a task by
+// fetch_add; whether what it got is a task follows from the word alone, so a late worker can never run a task of a region that
+// has ended, and the region's fields cannot change while a task that was taken is not yet counted in `done`.
 struct Pool {
   std::atomic<uint64_t> word{0};
   Task task = nullptr;
@@ -44,7 +44,7 @@ struct Pool {
   std::atomic<bool> stop{false};
   std::mutex busy;
   std::vector<std::thread> workers;
-  std::vector<Place> places;  // of each worker
+  std::vector<Place> places;
 
   void work(int worker) {
     uint64_t got = word.fetch_add(1, std::memory_order_acq_rel);

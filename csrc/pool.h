@@ -25,4 +25,14 @@ static inline void parallel(int tasks, F&& f) {
   run(tasks, [](void* context, int task, int worker) { (*static_cast<F*>(context))(task, worker); }, const_cast<void*>(static_cast<const void*>(&f)));
 }
 
+// f(from, to) over ranges of `count` things, a whole number of `unit` each but for the last; several units a task where there are many.
+template <class F>
+static inline void parallel_ranges(long count, long unit, F&& f) {
+  const long units = (count + unit - 1) / unit, each = (units + MAX_TASKS - 1) / MAX_TASKS * unit;
+  if (count > 0) parallel(int((count + each - 1) / each), [&](int task, int) {
+    const long from = task * each, to = from + each;
+    f(from, to < count ? to : count);
+  });
+}
+
 }  // namespace lilliput

@@ -116,6 +116,7 @@ LP_INLINE vf pow2(vf n) { vi i = (to_int(n) + 127) << 23; vf v; memcpy(&v, &i, s
 #endif
 
 LP_INLINE vi bits(vf v) { vi i; memcpy(&i, &v, sizeof i); return i; }  // not negative: in the order of the numbers, then infinity, then NaN
+LP_INLINE vf floats(vi v) { vf f; memcpy(&f, &v, sizeof f); return f; }
 
 // fp16 <-> fp32 of one number, on any machine (round to nearest even; subnormals, infinities and NaN as IEEE says).
 LP_INLINE float half_to_float(uint16_t h) {

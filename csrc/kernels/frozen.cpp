@@ -1,15 +1,11 @@
 // NF4: the 16 levels times a block's scale once (16 products for 64 weights), then 64 look-ups by nibble.
 #include "frozen.h"
 
+#include "nf4.h"
 #include "vec.h"
 
 namespace lilliput {
 namespace LILLIPUT_ISA { namespace {
-
-alignas(64) constexpr float LEVELS[16] = {
-    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,
-    0.7229568362236023f, 1.0f};
 
 LP_INLINE float widened(float x) { return x; }
 LP_INLINE float widened(uint16_t x) { return half_to_float(x); }
@@ -34,7 +30,7 @@ LP_INLINE vi low(vi n) { return _mm512_and_si512(n, _mm512_set1_epi32(15)); }
 LP_INLINE vi high(vi n) { return _mm512_srli_epi32(n, 4); }
 
 LP_INLINE void nf4_block(float scale, const uint8_t* numbers, float* out) {
-  const vf table = load(LEVELS) * set1(scale);
+  const vf table = load(NF4_LEVELS) * set1(scale);
   const vi first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const vi last = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   for (int i = 0; i < NF4_BLOCK / 2; i += W) {
@@ -48,12 +44,8 @@ LP_INLINE void nf4_block(float scale, const uint8_t* numbers, float* out) {
 LP_INLINE vi low(vi n) { return _mm256_and_si256(n, _mm256_set1_epi32(15)); }
 LP_INLINE vi high(vi n) { return _mm256_srli_epi32(n, 4); }
 
-LP_INLINE vf look_up(vf below, vf above, vi n) {  // permutevar reads 3 bits, blendv the sign: bit 3 is moved there
-  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(below, n), _mm256_permutevar8x32_ps(above, n), _mm256_castsi256_ps(_mm256_slli_epi32(n, 28)));
-}
-
 LP_INLINE void nf4_block(float scale, const uint8_t* numbers, float* out) {
-  const vf below = load(LEVELS) * set1(scale), above = load(LEVELS + W) * set1(scale);
+  const vf below = load(NF4_LEVELS) * set1(scale), above = load(NF4_LEVELS + W) * set1(scale);
   for (int i = 0; i < NF4_BLOCK / 2; i += W) {
     const vi n = bytes(numbers + i);
     const vf even = look_up(below, above, high(n)), odd = look_up(below, above, n);
@@ -68,7 +60,7 @@ LP_INLINE vi high(vi n) { return n >> 4; }
 
 LP_INLINE void nf4_block(float scale, const uint8_t* numbers, float* out) {
   float table[16];
-  for (int i = 0; i < 16; i++) table[i] = LEVELS[i] * scale;
+  for (int i = 0; i < 16; i++) table[i] = NF4_LEVELS[i] * scale;
   for (int i = 0; i < NF4_BLOCK / 2; i++) {
     out[2 * i] = table[numbers[i] >> 4];
     out[2 * i + 1] = table[numbers[i] & 15];

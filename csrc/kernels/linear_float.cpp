@@ -4,6 +4,7 @@
 // Up to a few rows the panel is decoded in registers; for more, a chunk of it is decoded once into scratch and serves all rows.
 #include "linear.h"
 
+#include "nf4.h"
 #include "vec.h"
 
 namespace lilliput {
@@ -18,11 +19,6 @@ struct Panel {
   const uint8_t* offsets;
   int group;
 };
-
-constexpr float NF4_LEVELS[16] = {  // QLoRA, appendix E
-    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,
-    0.7229568362236023f, 1.0f};
 
 template <Format F>
 LP_INLINE Panel panel_of(const Weight& w, int p) {
@@ -40,7 +36,6 @@ LP_INLINE vi shift_right(vi v, int n) { return _mm512_srli_epi32(v, unsigned(n))
 LP_INLINE vi shift_left(vi v, int n) { return _mm512_slli_epi32(v, unsigned(n)); }
 LP_INLINE vi shift_signed(vi v, int n) { return _mm512_srai_epi32(v, unsigned(n)); }
 LP_INLINE vi mask(vi v, int m) { return _mm512_and_si512(v, _mm512_set1_epi32(m)); }
-LP_INLINE vf as_float(vi v) { return _mm512_castsi512_ps(v); }
 LP_INLINE vi signed_bytes(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 LP_INLINE vf level(vi n) { return _mm512_permutexvar_ps(n, load(NF4_LEVELS)); }
 #elif defined(__AVX2__)
@@ -48,18 +43,13 @@ LP_INLINE vi shift_right(vi v, int n) { return _mm256_srli_epi32(v, n); }
 LP_INLINE vi shift_left(vi v, int n) { return _mm256_slli_epi32(v, n); }
 LP_INLINE vi shift_signed(vi v, int n) { return _mm256_srai_epi32(v, n); }
 LP_INLINE vi mask(vi v, int m) { return _mm256_and_si256(v, _mm256_set1_epi32(m)); }
-LP_INLINE vf as_float(vi v) { return _mm256_castsi256_ps(v); }
 LP_INLINE vi signed_bytes(const uint8_t* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
-LP_INLINE vf level(vi n) {
-  const vf low = _mm256_permutevar8x32_ps(load(NF4_LEVELS), n), high = _mm256_permutevar8x32_ps(load(NF4_LEVELS + 8), n);
-  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(n, 28)));
-}
+LP_INLINE vf level(vi n) { return look_up(load(NF4_LEVELS), load(NF4_LEVELS + W), n); }
 #else
 LP_INLINE vi shift_right(vi v, int n) { typedef uint32_t vu __attribute__((vector_size(16))); return (vi)((vu)v >> n); }
 LP_INLINE vi shift_left(vi v, int n) { return v << n; }
 LP_INLINE vi shift_signed(vi v, int n) { return v >> n; }
 LP_INLINE vi mask(vi v, int m) { return v & m; }
-LP_INLINE vf as_float(vi v) { vf f; memcpy(&f, &v, sizeof f); return f; }
 LP_INLINE vi signed_bytes(const uint8_t* p) { vi v; for (int i = 0; i < W; i++) v[i] = int8_t(p[i]); return v; }
 LP_INLINE vf level(vi n) { vf f; for (int i = 0; i < W; i++) f[i] = NF4_LEVELS[n[i]]; return f; }
 #endif
@@ -85,8 +75,8 @@ LP_INLINE vf number(const Panel& p, int k, int v) {
   // FP8: the bits move to fp32's places and a factor of 2^120 (E4M3) or 2^112 (E5M2) mends the exponent; subnormals come out right
   const vi bits = signed_bytes(p.data + long(k) * PANEL + v * W);
   const vf scale = load(reinterpret_cast<const float*>(p.scales) + v * W);
-  if (F == E4M3) return as_float(mask(shift_left(bits, 20), int32_t(0x87f00000))) * set1(1.329227995784916e36f) * scale;
-  return as_float(mask(shift_left(bits, 21), int32_t(0x8fe00000))) * set1(5.192296858534828e33f) * scale;
+  if (F == E4M3) return floats(mask(shift_left(bits, 20), int32_t(0x87f00000))) * set1(1.329227995784916e36f) * scale;
+  return floats(mask(shift_left(bits, 21), int32_t(0x8fe00000))) * set1(5.192296858534828e33f) * scale;
 }
 
 // acc[i][v] += numbers of inputs [from, to) times row i; `wide`: the numbers, already decoded, [to - from][16]; null: decode here.

@@ -63,8 +63,6 @@ void add(const float* x, float* y, long count) {
   for (; i < count; i++) y[i] += x[i];
 }
 
-LP_INLINE vf floats(vi v) { vf f; memcpy(&f, &v, sizeof f); return f; }
-
 // y = round(x 2^b) 2^-b, round to e4m3 (4 significant bits, from 2^-9 up, ties to even), b = floor(log2(448 / max|x|)): the difference of
 // two numbers' bits. A row with a number that is not finite becomes NaN. ops/fp8.py is the reference.
 void round8(const float* x, float* y, int width) {

@@ -352,10 +352,8 @@ def _lock(path: Path) -> int:
     try:
         holder = os.read(place, 100).decode(errors="replace").strip()
         if fcntl is not None:
-            try:
-                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise _held(path, holder) from None
+            if not locked(place):
+                raise _held(path, holder)
         elif holder.isdigit() and _alive(int(holder)):  # without kernel locks: by the pid alone
             raise _held(path, holder)
         os.ftruncate(place, 0)

@@ -17,7 +17,9 @@ Dettmers et al. 2023, arXiv 2305.14314, section 3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,17 +108,22 @@ def reference(stored: Tensor, outputs: int, inputs: int, double: bool) -> Tensor
     return pairs.view(torch.float32).view(codec.blocks, BLOCK).mul_(scales[:, None]).view(outputs, inputs)
 
 
-def _run(stored: Tensor, outputs: int, inputs: int, double: bool) -> Tensor:
-    assert stored.numel() == Nf4(outputs, inputs, double).bytes, f"{stored.numel()} bytes are no {outputs} x {inputs} matrix"
-    if supports(stored) is not None:
-        return reference(stored, outputs, inputs, double)
-    out = torch.empty(outputs, inputs)
-    native.module().nf4_decode(stored.data_ptr(), outputs * inputs // BLOCK, double, out.data_ptr())
-    return out
+def decoder(name: str, codec: Callable[[int, int, bool], Any], plain: Callable[[Tensor, int, int, bool], Tensor]) -> Any:
+    """The op `name` (stored, outputs, inputs, double) -> matrix: compiled where `supports` says so, else `plain`."""
+
+    def run(stored: Tensor, outputs: int, inputs: int, double: bool) -> Tensor:
+        made = codec(outputs, inputs, double)
+        assert stored.numel() == made.bytes, f"{stored.numel()} bytes are no {outputs} x {inputs} matrix"
+        if supports(stored) is not None:
+            return plain(stored, outputs, inputs, double)
+        out = torch.empty(outputs, inputs)
+        getattr(native.module(), name)(stored.data_ptr(), made.blocks, double, out.data_ptr())
+        return out
+
+    def fake(stored: Tensor, outputs: int, inputs: int, double: bool) -> Tensor:
+        return torch.empty(outputs, inputs, device=stored.device)
+
+    return native.define(f"{name}(Tensor stored, int outputs, int inputs, bool double) -> Tensor", run, fake, plain)
 
 
-def _fake(stored: Tensor, outputs: int, inputs: int, double: bool) -> Tensor:
-    return torch.empty(outputs, inputs, device=stored.device)
-
-
-DECODE = native.define("nf4_decode(Tensor stored, int outputs, int inputs, bool double) -> Tensor", _run, _fake, reference)
+DECODE = decoder("nf4_decode", Nf4, reference)

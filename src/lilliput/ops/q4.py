@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from lilliput.base.errors import UserError
-from lilliput.ops import native
-from lilliput.ops.nf4 import SECOND, from_second_level, second_level, supports
+from lilliput.ops.nf4 import SECOND, decoder, from_second_level, second_level
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,17 +82,4 @@ def reference(stored: Tensor, outputs: int, inputs: int, double: bool) -> Tensor
     return torch.cat((byte & 15, byte >> 4), 1).float().mul_(scales[:, None]).add_(offsets[:, None]).view(outputs, inputs)
 
 
-def _run(stored: Tensor, outputs: int, inputs: int, double: bool) -> Tensor:
-    assert stored.numel() == Q4(outputs, inputs, double).bytes, f"{stored.numel()} bytes are no {outputs} x {inputs} matrix"
-    if supports(stored) is not None:
-        return reference(stored, outputs, inputs, double)
-    out = torch.empty(outputs, inputs)
-    native.module().q4_decode(stored.data_ptr(), outputs * inputs // BLOCK, double, out.data_ptr())
-    return out
-
-
-def _fake(stored: Tensor, outputs: int, inputs: int, double: bool) -> Tensor:
-    return torch.empty(outputs, inputs, device=stored.device)
-
-
-DECODE = native.define("q4_decode(Tensor stored, int outputs, int inputs, bool double) -> Tensor", _run, _fake, reference)
+DECODE = decoder("q4_decode", Q4, reference)

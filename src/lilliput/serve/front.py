@@ -7,10 +7,9 @@ nothing; a stream that had begun ends with an error event, since its tokens may 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from lilliput.base.job import Http
 from lilliput.base.version import __version__
 from lilliput.serve.http import Guard, put_page
 from lilliput.serve.openai.errors import ApiError
-from lilliput.serve.openai.reply import DONE, event
+from lilliput.serve.openai.reply import DONE, event, left, until_left
 from lilliput.serve.routing import digests, text_of
 
 TRIES = 3  # replicas that are asked for one answer
@@ -115,15 +114,7 @@ class Passed(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI's entry."""
-        writer, gone = asyncio.create_task(self._write(send)), asyncio.create_task(_left(receive))
-        try:
-            await asyncio.wait({writer, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if writer.done() and not writer.cancelled():
-                writer.result()
-        finally:
-            for task in (writer, gone):
-                task.cancel()
-            await asyncio.gather(writer, gone, return_exceptions=True)
+        await until_left(self._write(send), receive)
 
     async def _write(self, send: Send) -> None:
         try:
@@ -131,12 +122,7 @@ class Passed(Response):
                 async for message in messages:
                     await send(message)
         except ApiError as error:
-            await JSONResponse(error.body(), error.status, error.headers)({"type": "http"}, _left, send)  # type: ignore[arg-type]
-
-
-async def _left(receive: Callable[[], Awaitable[Any]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+            await JSONResponse(error.body(), error.status, error.headers)({"type": "http"}, left, send)  # type: ignore[arg-type]
 
 
 def read(body: bytes) -> dict[str, Any]:

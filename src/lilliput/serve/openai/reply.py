@@ -34,7 +34,7 @@ class GoneError(Exception):
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The work's result; cancels it and raises GoneError when the client leaves first."""
-    task, gone = asyncio.create_task(work), asyncio.create_task(_left(request.receive))
+    task, gone = asyncio.create_task(work), asyncio.create_task(left(request.receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -42,6 +42,17 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         return task.result()
     finally:
         await _end(task, gone)
+
+
+async def until_left(writing: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Write an answer; it is ended when the client leaves first."""
+    writer, gone = asyncio.create_task(writing), asyncio.create_task(left(receive))
+    try:
+        await asyncio.wait({writer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if writer.done() and not writer.cancelled():
+            writer.result()
+    finally:
+        await _end(writer, gone)
 
 
 class EventStream(Response):
@@ -57,13 +68,9 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events; ASGI's entry."""
-        writer, gone = asyncio.create_task(self._write(send)), asyncio.create_task(_left(receive))
         try:
-            await asyncio.wait({writer, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if writer.done() and not writer.cancelled():
-                writer.result()
+            await until_left(self._write(send), receive)
         finally:
-            await _end(writer, gone)
             await self._events.aclose()
 
     async def _write(self, send: Send) -> None:
@@ -76,7 +83,8 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _left(receive: Receive) -> None:
+async def left(receive: Receive) -> None:
+    """Until the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
