@@ -214,11 +214,11 @@ def test_kill_minus_nine_twenty_times(text: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("room", ["remat", "poet"])
 def test_kill_minus_nine_of_planned_runs_ten_times(room: str, text: Path, tmp_path: Path) -> None:
-    """At the smallest budget that can be met, so that tensors are run again or paged."""
+    """A twentieth above the smallest budget that can be met, so that tensors are run again or paged."""
     words = {"train.tokens_per_step": "64"} | ({"poet.stages": "4"} if room == "poet" else {})
     with pytest.raises(DoesNotFit) as least:
         run(text, tmp_path / "least", **words, **{f"{room}.budget": "1B"})
-    words[f"{room}.budget"] = f"{least.value.needs}B"
+    words[f"{room}.budget"] = f"{least.value.needs * 21 // 20}B"
     run(text, tmp_path / "whole", **words)
     assert json.loads((tmp_path / "whole" / "memory.json").read_text())["planner"] != "keep everything"
     kill_and_resume(text, tmp_path, tmp_path / "whole", 10, 3, *(f"{key}={value}" for key, value in words.items()))
@@ -324,7 +324,7 @@ def test_a_run_keeps_the_plan_that_it_began_with(room: str, text: Path, tmp_path
 
     with pytest.raises(DoesNotFit) as least:
         run(text, tmp_path / "none", **{room: "1KB"})
-    budget = {room: f"{least.value.needs}B", "train.save_every": "3"}
+    budget = {room: f"{least.value.needs * 21 // 20}B", "train.save_every": "3"}  # the least that POET finds moves by 1 % with measured speeds
     run(text, tmp_path / "run", **budget, **{"train.steps": "6", "train.schedule": "constant"})
     kept = {file.name: file.read_text() for file in (tmp_path / "run").glob("memory*.json")}
     assert set(kept) == {"memory.json", "memory-2.json"} and any('"recompute"' in text or '"page"' in text for text in kept.values())

@@ -8,7 +8,7 @@ terms are measured by memory.meter, so predicted and measured can be compared na
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -86,3 +86,8 @@ class Ledger:
     def flops(self) -> float:
         """Arithmetic of one step, all terms."""
         return sum(t.flops for t in self.terms.values())
+
+
+def largest_two(sizes: Sequence[int]) -> int:
+    """The largest sum of two that follow each other: of gradients that leave one by one, the one that is made and the one on its way."""
+    return max(a + b for a, b in zip([0, *sizes], [*sizes, 0], strict=True))

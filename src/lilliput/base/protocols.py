@@ -67,6 +67,11 @@ class Strategy(Protocol):
         ...
 
 
+def refusal(name: str, rooms: Mapping[str, Strategy], facts: Facts) -> str | None:
+    """Why a room cannot stand on this model beside the others; None when it can."""
+    return rooms[name].refuses({other: room for other, room in rooms.items() if other != name}, facts)
+
+
 def in_order(rooms: Mapping[str, Strategy]) -> Iterator[tuple[str, Strategy]]:
     """(name, room) in the given order, but each after those of these rooms that it needs or names in `after`; UserError when they wait for each other.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -75,6 +76,13 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
             temporary.unlink(missing_ok=True)
             raise
         _sync(target.parent)
+
+
+def picture(path: str | Path, figure: Any) -> None:
+    """Write a matplotlib figure whole or not at all; the suffix says of what kind."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=Path(path).suffix[1:], dpi=120)
+    atomic_write(path, drawn.getvalue())
 
 
 @contextmanager

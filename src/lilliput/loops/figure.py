@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lilliput.base import records
+
 
 def loss_curve(rows: Sequence[dict[str, Any]], folder: Path, title: str) -> list[Path]:
     """Write loss.png and loss.svg: training loss per step, its running mean, evaluation points. Returns the paths."""
@@ -31,8 +33,6 @@ def loss_curve(rows: Sequence[dict[str, Any]], folder: Path, title: str) -> list
     axes.legend(frameon=False)
     paths = [folder / "loss.png", folder / "loss.svg"]
     for path in paths:
-        temporary = path.with_name(path.name + ".tmp")
-        figure.savefig(temporary, format=path.suffix[1:], dpi=120)
-        temporary.replace(path)
+        records.picture(path, figure)
     pyplot.close(figure)
     return paths

@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lilliput.ops.linear import matrix
+
 FORMATS = {"e4m3fn": torch.float8_e4m3fn, "e4m3fnuz": torch.float8_e4m3fnuz, "e5m2": torch.float8_e5m2, "e5m2fnuz": torch.float8_e5m2fnuz}
 WIDEST = 126  # |b| at most: 2^b and 2^-b are both normal fp32 numbers
 EIGHT_BITS = (8, 9)  # CUDA compute capability from which on there are 8-bit float units
@@ -172,7 +174,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _coded(weight: Tensor, scaling: Scaling, decode: Callable[[Tensor], Tensor] | None) -> Coded:
-    return encode(weight if decode is None else decode(weight), scaling.forward, scaling.bias)
+    return encode(matrix(weight, decode), scaling.forward, scaling.bias)
 
 
 def linear(

@@ -23,14 +23,14 @@ class _Widened(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.decode = decode
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.linear(x, _matrix(weight, decode).to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, matrix(weight, decode).to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad @ _matrix(weight, ctx.decode).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = grad @ matrix(weight, ctx.decode).to(grad.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = (flat.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if ctx.needs_input_grad[1] else None
         grad_bias = flat.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None
@@ -46,5 +46,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, decode: Callab
     return _Widened.apply(x, weight, bias, decode)
 
 
-def _matrix(weight: Tensor, decode: Callable[[Tensor], Tensor] | None) -> Tensor:
+def matrix(weight: Tensor, decode: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """The matrix of a weight: itself, or what decode makes of its bytes."""
     return weight if decode is None else decode(weight)

@@ -77,21 +77,11 @@ def rig(rooms: Mapping[str, Any], seed: int, layers: int = 3, dim: int = 96) -> 
     """A GPT from scratch."""
     from dataclasses import replace
 
-    import torch
-
-    from lilliput.base.hardware import declared
-    from lilliput.base.protocols import Site
-    from lilliput.models.decoder import Decoder, init_tensor
     from lilliput.models.sizes import PRESETS
-    from lilliput.parallel.rig import assemble
+    from lilliput.papers import small
 
     spec = replace(PRESETS["gpt-nano"], vocab=SYMBOLS, layers=layers, dim=dim, head_dim=dim // 4, ffn=4 * dim)
-    with torch.device("meta"):
-        model = Decoder(spec)
-    return assemble(
-        model, rooms, site=Site(declared("laptop"), sequences=ROWS, tokens=TOKENS), device=torch.device("cpu"), seed=seed, dtype="fp32", read=None,
-        init=lambda name, shape, seed: init_tensor(name, shape, seed, spec), optimizer={"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}, clip=1.0,
-    )  # fmt: skip
+    return small.rig(spec, rooms, seed=seed, sequences=ROWS, tokens=TOKENS)
 
 
 def shuffled(count: int) -> Tensor:

@@ -16,7 +16,10 @@ from lilliput.papers.paper import Finding, Paper
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lilliput.parallel.rig import Rig
+
 SPIKE, STEPS = 1, 3  # the step whose batch is eight times as long
+KNOBS = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes of a 4-bit float
 
 
@@ -85,19 +88,11 @@ def _gradients() -> tuple[float, bool]:
     from torch import nn
 
     from lilliput.base import registry
-    from lilliput.base.hardware import declared
-    from lilliput.base.protocols import Site
-    from lilliput.models.decoder import Decoder, init_tensor
     from lilliput.models.sizes import PRESETS
-    from lilliput.parallel.rig import assemble
+    from lilliput.papers import small
 
     spec = replace(PRESETS["smollm2-135m"], layers=2, vocab=256)
-    with torch.device("meta"):
-        model = Decoder(spec)
-    rig = assemble(
-        model, {"qlora": registry.find("train", "qlora")(rank=8)}, site=Site(declared("laptop")), device=torch.device("cpu"), seed=0, dtype="fp32", read=None,
-        init=lambda name, shape, seed: init_tensor(name, shape, seed, spec), optimizer={"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}, clip=0.0,
-    )  # fmt: skip
+    rig = small.rig(spec, {"qlora": registry.find("train", "qlora")(rank=8)}, clip=0.0, optimizer=KNOBS)
     for number, parameter in enumerate(rig.trainable().values()):
         parameter.data.normal_(std=0.05, generator=torch.Generator().manual_seed(number))  # as if trained: B is not zero
     linears = [m for m in rig.model.modules() if getattr(m, "codec", None) is not None]
@@ -119,24 +114,15 @@ def _spike() -> tuple[bool, list[float], bool]:
 
     from lilliput.base import registry
     from lilliput.base.errors import DoesNotFit
-    from lilliput.base.hardware import declared
-    from lilliput.base.protocols import Site
     from lilliput.data.batch import MicroBatch
     from lilliput.memory.meter import Meter
-    from lilliput.models.decoder import Decoder, init_tensor
     from lilliput.models.sizes import PRESETS
-    from lilliput.parallel.rig import Rig, assemble
+    from lilliput.papers import small
 
     spec = PRESETS["tiny"]
 
     def rig(**budget: str) -> Rig:
-        with torch.device("meta"):
-            model = Decoder(spec)
-        rooms = {"paged": registry.find("train", "paged")(**budget)} if budget else {}
-        return assemble(
-            model, rooms, site=Site(declared("laptop")), device=torch.device("cpu"), seed=0, dtype="fp32", read=None,
-            init=lambda name, shape, seed: init_tensor(name, shape, seed, spec), optimizer={"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}, clip=1.0,
-        )  # fmt: skip
+        return small.rig(spec, {"paged": registry.find("train", "paged")(**budget)} if budget else {}, optimizer=KNOBS)
 
     def go(one: Rig) -> list[float]:
         told = []

@@ -17,7 +17,6 @@ from lilliput.papers.paper import Finding, Paper
 
 SIZES = ((80, 10240), (100, 20480), (128, 25600), (195, 65536), (315, 163840))  # (layers, hidden) of figure 2a
 STEPS = 5
-KNOBS = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
 def run() -> Finding:
@@ -52,22 +51,14 @@ def _trained(folder: Path | None) -> tuple[list[float], dict[str, Any], Any]:
     """(losses, weights, rig) of a decoder after a few steps; folder: where all of it lies, None = in memory."""
     import torch
 
-    from lilliput.base.hardware import declared
-    from lilliput.base.protocols import Site
     from lilliput.data.batch import MicroBatch
-    from lilliput.models.decoder import Decoder, init_tensor
     from lilliput.models.sizes import PRESETS
-    from lilliput.parallel.rig import assemble
+    from lilliput.papers import small
     from lilliput.train.infinity import Infinity
 
     spec = PRESETS["tiny"]
-    with torch.device("meta"):
-        model = Decoder(spec)
     rooms: dict[str, Any] = {"infinity": Infinity(parameters="disk", optimizer="disk", folder=str(folder), tiles=1)} if folder else {}
-    rig = assemble(
-        model, rooms, site=Site(hardware=declared("laptop"), sequences=2, tokens=32), device=torch.device("cpu"), seed=0, dtype="fp32", read=None,
-        init=lambda name, shape, seed: init_tensor(name, shape, seed, spec), optimizer=KNOBS, clip=1.0,
-    )  # fmt: skip
+    rig = small.rig(spec, rooms, sequences=2, tokens=32)
     draw = torch.Generator().manual_seed(0)
     tokens = lambda: torch.randint(0, spec.vocab, (2, 32), generator=draw)
     batches = [MicroBatch(tokens(), tokens(), 64) for _ in range(STEPS)]

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STEPS, DELAY = 20, 5
-KNOBS = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
 def run() -> Finding:
@@ -49,24 +48,14 @@ def _executed(delay: Any) -> tuple[float, float, bool]:
     """(bytes a parameter and step on the link, bytes a parameter on the device, whether weights are bitwise those of one memory)."""
     import torch
 
-    from lilliput.base.hardware import declared
-    from lilliput.base.protocols import Site
     from lilliput.data.batch import MicroBatch
     from lilliput.memory.meter import storage_bytes
-    from lilliput.models.decoder import Decoder, init_tensor
     from lilliput.models.sizes import PRESETS
-    from lilliput.parallel.rig import Rig, assemble
+    from lilliput.papers import small
     from lilliput.train.offload import Offload
 
     spec = PRESETS["tiny"]
-
-    def make(rooms: dict[str, Any]) -> Rig:
-        with torch.device("meta"):
-            model = Decoder(spec)
-        fresh = lambda name, shape, seed: init_tensor(name, shape, seed, spec)
-        where = Site(hardware=declared("laptop"), sequences=2, tokens=32)
-        return assemble(model, rooms, site=where, device=torch.device("cpu"), seed=0, dtype="fp32", read=None, init=fresh, optimizer=KNOBS, clip=1.0)
-
+    make = lambda rooms: small.rig(spec, rooms, sequences=2, tokens=32)
     draw = torch.Generator().manual_seed(0)
     tokens = lambda: torch.randint(0, spec.vocab, (2, 32), generator=draw)
     batches = [MicroBatch(tokens(), tokens(), 64) for _ in range(STEPS)]
@@ -85,6 +74,7 @@ def _one_memory(rig: Any, batches: list[Any], delay: int) -> dict[str, Tensor]:
     import torch
 
     from lilliput.ops.adamw import Rule, update
+    from lilliput.papers.small import KNOBS
 
     names, weights = zip(*rig.model.named_parameters(), strict=True)
     master = {n: p.detach().clone() for n, p in zip(names, weights, strict=True)}

@@ -12,7 +12,7 @@ Every number's update depends on itself alone and sums have one order, so tiles,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -20,6 +20,7 @@ import torch
 
 from lilliput.dist.link import Link, resting
 from lilliput.ops.adamw import Rule, update_master
+from lilliput.parallel.leaving import when_complete
 
 STORED = torch.bfloat16
 RATES = "pending.numbers"  # name of the tensor that keeps a waiting update's learning rate and scale
@@ -95,12 +96,9 @@ class HostAdamW:
 
     def watch(self) -> None:
         """From now on each gradient leaves the device when the backward pass has completed it."""
-        for name, parameter in self.parameters.items():
-            parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._leave(name, p))
+        when_complete(self.parameters, lambda name, gradient: self._leave(name, gradient))
 
-    def _leave(self, name: str, parameter: torch.nn.Parameter) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None, f"autograd completed the gradient of {name}"
+    def _leave(self, name: str, gradient: torch.Tensor) -> None:
         self.drain()
         if name in self.gradients.came and self.landing is None:
             self.sum()
@@ -146,15 +144,12 @@ class HostAdamW:
         """Update now: a tile is computed while the one before goes up."""
         self.steps += 1
         moving: list[Future[None]] = []
-        for name, gradient in ready.gradients.items():
-            weights = self.parameters[name].detach().view(-1)
-            for start in range(0, gradient.numel(), self.tile):
-                part = slice(start, min(start + self.tile, gradient.numel()))
-                if len(moving) >= 2:
-                    moving[-2].result()
-                stage = self.stages[len(moving) % 2][: part.stop - part.start]
-                self._tile(name, part, gradient, ready, stage)
-                moving.append(self.up.copy(weights[part], stage))
+        for name, part in self._tiles(ready):
+            if len(moving) >= 2:
+                moving[-2].result()
+            stage = self.stages[len(moving) % 2][: part.stop - part.start]
+            self._tile(name, part, ready, stage)
+            moving.append(self.up.copy(self.parameters[name].detach().view(-1)[part], stage))
         for last in moving[-2:]:
             last.result()
 
@@ -167,10 +162,8 @@ class HostAdamW:
     @torch.no_grad()
     def _beside(self, ready: Pending) -> None:
         self.steps += 1
-        for name, gradient in ready.gradients.items():
-            for start in range(0, gradient.numel(), self.tile):
-                part = slice(start, min(start + self.tile, gradient.numel()))
-                self._tile(name, part, gradient, ready, self.rounded[name][part])
+        for name, part in self._tiles(ready):
+            self._tile(name, part, ready, self.rounded[name][part])
 
     def receive(self) -> None:
         """Wait for the update that was begun, and send its weights up."""
@@ -183,9 +176,13 @@ class HostAdamW:
             weights.result()
         self.pending = self.working = None
 
-    def _tile(self, name: str, part: slice, gradient: torch.Tensor, ready: Pending, into: torch.Tensor) -> None:
+    def _tiles(self, ready: Pending) -> Iterator[tuple[str, slice]]:
+        for name, gradient in ready.gradients.items():
+            yield from ((name, slice(start, min(start + self.tile, gradient.numel()))) for start in range(0, gradient.numel(), self.tile))
+
+    def _tile(self, name: str, part: slice, ready: Pending, into: torch.Tensor) -> None:
         rule = Rule(ready.lr, self.betas, self.eps, self.weight_decay if self.parameters[name].dim() >= 2 else 0.0, self.steps)
-        flat = (self.masters[name].view(-1)[part], gradient[part], self.first[name].view(-1)[part], self.second[name].view(-1)[part])
+        flat = (self.masters[name].view(-1)[part], ready.gradients[name][part], self.first[name].view(-1)[part], self.second[name].view(-1)[part])
         update_master(*flat, into, rule, ready.scale)
 
     # ---- what is saved

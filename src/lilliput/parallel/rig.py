@@ -19,7 +19,7 @@ from torch import nn
 
 from lilliput.base.errors import UserError
 from lilliput.base.facts import Facts
-from lilliput.base.protocols import Phase, Site, Strategy, in_order
+from lilliput.base.protocols import Phase, Site, Strategy, in_order, refusal
 from lilliput.data.batch import IGNORE, MicroBatch
 from lilliput.models.checkpoints import STORED, fill
 from lilliput.ops.dropout import Counter
@@ -172,7 +172,7 @@ def refuse(rooms: Mapping[str, Strategy], facts: Facts) -> None:
         missing = [need for need in room.needs if need not in rooms]
         if missing:
             raise UserError(f"`{name}` needs `{missing[0]}`", fix=f"add a [{missing[0]}] section")
-        reason = room.refuses({n: r for n, r in rooms.items() if n != name}, facts)
+        reason = refusal(name, rooms, facts)
         if reason:
             raise UserError(f"`{name}` cannot be used here", reason, f"take the [{name}] section out, or change what it names")
 

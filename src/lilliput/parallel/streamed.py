@@ -19,21 +19,24 @@ import torch
 from lilliput.base.seeds import key
 from lilliput.dist.tiers import DiskTier, HostTier
 from lilliput.ops.adamw import Rule, update
+from lilliput.parallel.leaving import when_complete
 from lilliput.parallel.resident import Residents
 
-TILE = 1 << 18  # numbers of one tile
-AHEAD = 3  # tiles in memory: one read, one computed, one written
 KINDS = ("parameters", "gradients", "first", "second")
 SAVED = ("parameters", "first", "second")
 
 
 class StreamedAdamW:
-    """Stands where parallel.optimizer.AdamW stands. tiers: kind -> where it rests. residents: the parameters that are on the device now."""
+    """Stands where parallel.optimizer.AdamW stands. tiers: kind -> where it rests. residents: the parameters that are on the device now.
+
+    tile: numbers of one tile of an fp32 tensor. ahead: tiles in memory, of which one is read, one computed and one written.
+    """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], tiers: Mapping[str, HostTier | DiskTier], residents: Residents, *,
-                 betas: tuple[float, float], eps: float, weight_decay: float, seed: int) -> None:  # fmt: skip
+                 betas: tuple[float, float], eps: float, weight_decay: float, seed: int, tile: int, ahead: int) -> None:  # fmt: skip
         self.parameters, self.tiers, self.residents = dict(parameters), tiers, residents
         self.betas, self.eps, self.weight_decay, self.seed = betas, eps, weight_decay, seed
+        self.numbers, self.ahead = tile, ahead
         self.steps = 0
         self.norms: dict[str, torch.Tensor] = {}  # of the gradients that came this step
         self.leaving: Future[None] | None = None
@@ -41,24 +44,21 @@ class StreamedAdamW:
         dtype = next(iter(self.parameters.values())).dtype
         kinds = {"parameters": dtype, "gradients": dtype, "first": torch.float32, "second": torch.float32}
         held = lambda kind: largest if isinstance(tiers[kind], DiskTier) else 0
-        self.buffers = [{kind: torch.empty(held(kind), dtype=dtype) for kind, dtype in kinds.items()} for _ in range(AHEAD)]
+        self.buffers = [{kind: torch.empty(held(kind), dtype=dtype) for kind, dtype in kinds.items()} for _ in range(ahead)]
 
     def tile(self, name: str) -> int:
         """Numbers of a parameter's tiles."""
         p = self.parameters[name]
-        return min(TILE, p.numel()) if p.dtype == torch.float32 else p.numel()
+        return min(self.numbers, p.numel()) if p.dtype == torch.float32 else p.numel()
 
     # ---- gradients
 
     def watch(self) -> None:
         """From now on each gradient leaves the device when the backward pass has completed it."""
-        for name, parameter in self.parameters.items():
-            parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._leave(name, p))
+        when_complete(self.parameters, self._leave)
 
     @torch.no_grad()
-    def _leave(self, name: str, parameter: torch.nn.Parameter) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None, f"autograd completed the gradient of {name}"
+    def _leave(self, name: str, gradient: torch.Tensor) -> None:
         gradient = gradient.contiguous()
         self.drain()
         if name in self.norms:
@@ -104,10 +104,10 @@ class StreamedAdamW:
 
         def fetch(number: int) -> None:
             name, start, count = work[number]
-            if number >= AHEAD:
-                for written in backs[number - AHEAD]:
+            if number >= self.ahead:
+                for written in backs[number - self.ahead]:
                     written.result()
-            buffers = self.buffers[number % AHEAD]
+            buffers = self.buffers[number % self.ahead]
             windows.append({kind: self.tiers[kind].window(name, start, count, buffers[kind]) for kind in KINDS})
 
         for number, (name, start, count) in enumerate(work):
@@ -122,7 +122,7 @@ class StreamedAdamW:
             if start + count == parameter.numel():
                 for kind in SAVED:
                     self.tiers[kind].turn(name)
-        for written in (future for futures in backs[-AHEAD:] for future in futures):
+        for written in (future for futures in backs[-self.ahead:] for future in futures):
             written.result()
 
     @staticmethod

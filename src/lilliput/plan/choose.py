@@ -14,6 +14,7 @@ from typing import Any
 
 from lilliput.base import registry
 from lilliput.base.ledger import Ledger, Tier
+from lilliput.base.protocols import refusal
 from lilliput.base.show import size
 from lilliput.plan.ledgers import fits, room
 from lilliput.plan.search import Trial, largest_micro_batch
@@ -54,7 +55,7 @@ def choose(trial: Trial, free: bool, seconds: Callable[[Ledger, Trial], float]) 
     near: list[tuple[int, int, Trial, dict[str, Any]]] = []
     for number, added in enumerate(sets(trial)):
         option = replace(trial, rooms={**trial.rooms, **added})
-        refused = [f"{n}: {reason}" for n, r in option.rooms.items() if (reason := r.refuses({k: v for k, v in option.rooms.items() if k != n}, trial.facts))]
+        refused = [f"{name}: {reason}" for name in option.rooms if (reason := refusal(name, option.rooms, trial.facts))]
         if refused:
             rejected.append((words(added), refused[0]))
             continue

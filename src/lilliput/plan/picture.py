@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lilliput.base import records
 from lilliput.base.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,10 +71,7 @@ def draw(planned: Timeline, plain: Timeline, path: Path, title: str) -> Path:
     axes.set_xticks([])
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format=path.suffix[1:], dpi=120)
-    temporary.replace(path)
+    records.picture(path, figure)
     pyplot.close(figure)
     return path
 

@@ -16,7 +16,7 @@ from lilliput.base import registry
 from lilliput.base.facts import Facts
 from lilliput.base.hardware import Hardware
 from lilliput.base.ledger import Ledger
-from lilliput.base.protocols import Phase, Site
+from lilliput.base.protocols import Phase, Site, refusal
 from lilliput.base.show import size
 from lilliput.plan.ledgers import ELEMENT, fits, room, tiers, training_ledger
 
@@ -146,6 +146,6 @@ def _rooms(trial: Trial) -> Iterator[tuple[Trial, bool]]:
             continue
         added = registry.find("train", name)()
         rooms = {**trial.rooms, name: added}
-        refused = any(r.refuses({k: v for k, v in rooms.items() if k != n}, trial.facts) for n, r in rooms.items())
+        refused = any(refusal(other, rooms, trial.facts) for other in rooms)
         if not refused and all(need in rooms for need in added.needs):
             yield trial.edit(f"{name}=on", rooms=rooms), Phase.SWAP in added.acts()

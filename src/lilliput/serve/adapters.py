@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lilliput.base.errors import DoesNotFit, UserError, did_you_mean
+from lilliput.models.adapters import CONFIG, WEIGHTS, read_adapter
 from lilliput.serve.blocks import salted
 
 if TYPE_CHECKING:
@@ -69,8 +70,6 @@ class Adapters:
 
     def read(self, name: str, folder: Path) -> Adapter:
         """Read and lower a folder. UserError where it holds no plain LoRA of this model."""
-        from lilliput.models.adapters import read_adapter
-
         if not name:
             raise UserError("an adapter needs a name", "requests ask for it by its name", "name=french")
         pairs = read_adapter(folder, self.spec, 1.0)
@@ -128,7 +127,7 @@ class Library:
 
     def found(self) -> dict[str, Path]:
         """Name -> folder of the adapters that lie in it, or that it is. UserError for one that is a link to elsewhere."""
-        found = sorted(path.parent for pattern in ("adapter_config.json", "*/adapter_config.json") for path in self.folder.glob(pattern))
+        found = sorted(path.parent for pattern in (CONFIG, f"*/{CONFIG}") for path in self.folder.glob(pattern))
         return {folder.name: self.place(str(folder)) for folder in found}
 
     def place(self, path: str) -> Path:
@@ -136,7 +135,7 @@ class Library:
         outside = UserError(f"`{path}` is not in the folder of adapters", "adapters are taken from there alone", "give a path inside it")
         try:
             place = (self.folder / path).resolve()
-            inside = [place, *((place / name).resolve() for name in ("adapter_config.json", "adapter_model.safetensors"))]
+            inside = [place, *((place / name).resolve() for name in (CONFIG, WEIGHTS))]
             place.is_dir()
         except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a null byte, a name that is too long
             raise outside from error

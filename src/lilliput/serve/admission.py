@@ -67,6 +67,7 @@ class Door:
         fits = bisect.bisect_right(range(1, limit), total, key=lambda tokens: self.most(prompt, tokens, width))
         raise DoesNotFit("the request does not fit into the cache", why, f"kv_tokens={need * BLOCK}" + (f" or max_tokens={fits}" if fits else ""))
 
+
 def affordable(model: Decoder | NativeDecoder) -> int:
     """Tokens of cache where nobody says how many: four contexts, at most a quarter of the free memory, at least a block."""
     kv = model.facts.kv

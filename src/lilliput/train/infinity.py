@@ -28,7 +28,7 @@ from pydantic import Field
 
 from lilliput.base.config import Section
 from lilliput.base.facts import Facts
-from lilliput.base.ledger import MOMENTS, Ledger, Term
+from lilliput.base.ledger import MOMENTS, Ledger, Term, largest_two
 from lilliput.base.protocols import Phase, Site
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lilliput.parallel.rig import Rig
 
 VISITORS = 3  # of the largest parameter: bytes of the device for those that visit
-TILE, AHEAD = 1 << 18, 3  # numbers of a tile of the update, and tiles in memory (parallel/streamed.py)
+TILE, AHEAD = 1 << 18, 3  # numbers of a tile of the update, and tiles in memory: one read, one computed, one written
 ALONE = {"lora": "only an adapter learns", "qlora": "only an adapter learns", "offload": "it has the gradients and the moments already",
          "fp8": "an 8-bit copy of every matrix stays on the device", "paged": "its moments lie on the device"}  # fmt: skip
 
@@ -95,7 +95,7 @@ class Infinity(Section):
         """Closed forms: what rests elsewhere, what visits, the gradients on their way (two that follow each other), the tiles of the update."""
         sizes = [math.prod(shape) for shape in self.pieces(facts)]
         vectors = sum(math.prod(shape) for shape in facts.shapes.values() if len(shape) == 1)
-        leaving = site.element * max(a + b for a, b in zip([0, *sizes], [*sizes, 0], strict=True))
+        leaving = site.element * largest_two(sizes)
         tile = min(TILE, max(sizes)) if site.element == 4 else max(sizes)
         disk = {kind: where == "disk" for kind, where in (("parameters", self.parameters), ("optimizer", self.optimizer))}
         staged = AHEAD * tile * (site.element * disk["parameters"] + (site.element + 8) * disk["optimizer"])
@@ -180,7 +180,7 @@ class Infinity(Section):
 
         def optimizing(rig: Rig, **knobs: Any) -> StreamedAdamW:
             residents.settle(dict(rig.model.named_parameters()), tiers["parameters"])
-            return StreamedAdamW(rig.trainable(), tiers, residents, seed=rig.seed, **knobs)
+            return StreamedAdamW(rig.trainable(), tiers, residents, seed=rig.seed, tile=TILE, ahead=AHEAD, **knobs)
 
         return replace(rig, init=(*rig.init, ("*", taken)), optimizing=optimizing)
 

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from lilliput.base.config import Section
 from lilliput.base.facts import Facts
-from lilliput.base.ledger import Ledger, Term
+from lilliput.base.ledger import Ledger, Term, largest_two
 from lilliput.base.protocols import Phase, Site
 from lilliput.base.show import parse_size
 
@@ -75,7 +75,7 @@ class Offload(Section):
         count, several = facts.parameters, site.micro_batches > 1
         buffers = (4 if several else WEIGHT) * (2 if self.delay != "off" else 1)
         sizes = [math.prod(shape) for shape in facts.shapes.values()]
-        leaving = WEIGHT * max(a + b for a, b in zip([0, *sizes], [*sizes, 0], strict=True))
+        leaving = WEIGHT * largest_two(sizes)
         staged = WEIGHT * count if self.delay != "off" else 0
         staged += WEIGHT * (2 * min(self.tile, max(sizes)) + (max(sizes) if several else 0))
         return ledger.put(

@@ -74,7 +74,6 @@ class Poet(Section):
 
     def place(self, rig: Rig) -> Rig:
         """Plan for the job's batch shape now, so that what does not fit is refused before anything is loaded."""
-
         from lilliput.memory.stores import FileStore, HostStore, Store
 
         def store(trace: Trace) -> Store:

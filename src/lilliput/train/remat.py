@@ -130,7 +130,6 @@ class Remat(Section):
         return f"segments of {every} blocks", segments(blocks, [0, *range(1, len(blocks), every)], until=len(blocks) - 1)
 
 
-
 def under(rig: Rig, choose: Choose, stores: Callable[[Trace], Mapping[str, Store]] = lambda trace: {}) -> Rig:
     """The rig with its objective under plans for the job's batch shape, which are made now, so that what does not fit is refused before anything
     is loaded. A run that goes on keeps the plans that it began with (rig.plans). choose, stores: as memory.planned.Planned takes them."""
