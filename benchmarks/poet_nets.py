@@ -3,8 +3,8 @@
     python benchmarks/poet_nets.py              (--width 64 --batch 16 --dim 512 --tokens 256 --rounds 7 --stages 12 --tier host disk)
     python benchmarks/poet_nets.py --boards     joules on the paper's boards: together, running again only, paging only (no timing)
 
-Seconds of operations come from the plain step, watched (memory.profile); speeds of the links from the stores themselves. A step is watched again,
-timed plain and timed planned in turns; the prediction is the simulator's, from what was watched in the same rounds. The nets are those of the tests (tests/memory/nets.py), larger.
+Seconds of operations come from the plain step, watched (memory.profile); speeds of the links from the stores themselves. In each round a step is
+watched again, timed plain and timed planned; the prediction is the simulator's, from what was watched in the same rounds. The nets are those of the tests (tests/memory/nets.py), larger.
 """
 
 from __future__ import annotations
