@@ -4,7 +4,8 @@
     python benchmarks/poet_nets.py --boards     joules on the paper's boards: together, running again only, paging only (no timing)
 
 Seconds of operations come from the plain step, watched (memory.profile); speeds of the links from the stores themselves. In each round a step is
-watched again, timed plain and timed planned; the prediction is the simulator's, from what was watched in the same rounds. The nets are those of the tests (tests/memory/nets.py), larger.
+watched again, timed plain and timed planned; the prediction is the simulator's, from what was watched in the same rounds.
+The nets are those of the tests (tests/memory/nets.py), larger.
 """
 
 from __future__ import annotations
