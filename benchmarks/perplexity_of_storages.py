@@ -5,6 +5,7 @@
 The first row is the eager model in fp32. `file` of a GGUF multiplies its own 4-bit blocks by int8 rows: its ratio to fp32, which has the
 same blocks dequantised, is what int8 rows cost. KV codecs stand beside fp32 weights; `before RoPE`: keys are stored so and rotated when
 read.
+`--only nf4 "kv int8"` runs the storages whose names contain one of these words, beside fp32.
 Deterministic: figures depend on the machine by rounding alone.
 """
 
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -25,16 +27,16 @@ from lilliput.models.native import NativeDecoder
 from lilliput.ops import native, paged
 
 
-def sides(name: str) -> Iterator[tuple[str, object]]:
-    """(what, model), made one after the other: only one is in memory."""
-    yield "fp32, eager", load_model(name, "cpu")[0]
+def sides(name: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(what, what makes its model): only one is in memory."""
+    yield "fp32, eager", lambda: load_model(name, "cpu")[0]
     checkpoint = open_checkpoint(hub.locate(name))
+    decoder = partial(NativeDecoder, checkpoint.spec, checkpoint.read, checkpoint.blocks)
     for weights in ("file", "fp16", "w8", "q4", "nf4", "fp8", "fp8_rows"):
-        yield f"weights {weights}", NativeDecoder(checkpoint.spec, checkpoint.read, checkpoint.blocks, weights)
+        yield f"weights {weights}", partial(decoder, weights)
     for kv in paged.CODECS[1:]:
         for before in (False, True):
-            model = NativeDecoder(checkpoint.spec, checkpoint.read, checkpoint.blocks, "fp32", kv=kv, rotate_on_read=before)
-            yield f"kv {kv}" + (", keys before RoPE" if before else ""), model
+            yield f"kv {kv}" + (", keys before RoPE" if before else ""), partial(decoder, "fp32", kv=kv, rotate_on_read=before)
 
 
 def main() -> int:
@@ -44,13 +46,17 @@ def main() -> int:
     options.add_argument("--model", default="smollm2-135m")
     options.add_argument("--window", type=int, default=1024)
     options.add_argument("--windows", type=int, default=40)
+    options.add_argument("--only", nargs="+", default=[""], metavar="WORD")
     options.add_argument("--json", action="store_true")
     args = options.parse_args()
     show = Show(json=args.json)
     torch.set_num_threads(cpus())
     native.threads(cpus())
     rows, first, ids = [], 0.0, []
-    for what, model in sides(args.model):
+    for what, make in sides(args.model):
+        if rows and not any(word in what for word in args.only):
+            continue
+        model = make()
         ids = ids or load_model(args.model, "cpu")[1].encode(read_text(args.text))
         value = perplexity(model, ids, window=args.window, batch=1, limit=args.windows, show=show)  # type: ignore[arg-type]
         first = first or value.nll

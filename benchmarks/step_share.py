@@ -1,4 +1,5 @@
-"""What Python takes of a decode step: the engine's step less the time inside compiled calls (the layers, the head, the sampler).
+"""Where a decode step's time goes: Python (the engine's step less the compiled calls: layers, head, sampler), and each region of the layers
+beside its roofline (its weights over the read bandwidth or its arithmetic over the peak, measured in the same run).
 
     make bench X=step_share            (ARGS="--model smollm2-135m --batches 1 4 16 --steps 200 --threads 2" by default)
 
@@ -18,7 +19,8 @@ from typing import Any
 import lilliput
 from lilliput.base.show import Show
 from lilliput.loops.bench import machine
-from lilliput.ops import native
+from lilliput.ops import native, roofline
+from lilliput.ops.step import REGIONS, StepPlan
 from lilliput.serve.request import Sampling
 
 
@@ -46,6 +48,20 @@ def timed(call: Callable[..., Any], clock: list[float]) -> Callable[..., Any]:
     return run
 
 
+def regions(plan: StepPlan, rows: int, steps: int, seconds: list[float], head: float, limits: roofline.Roofline) -> list[dict[str, Any]]:
+    """One line a region: milliseconds of a step (all layers), and the least that the machine needs for its products."""
+    least = dict.fromkeys((*REGIONS, "head"), 0.0)
+    for (_, slot), (weight, int8) in plan.products.items():
+        work = {"bytes": float(weight.bytes), "int8" if int8 else "flops": 2.0 * rows * weight.outputs * weight.inputs}
+        least[slot] = least.get(slot, 0.0) + limits.seconds(**work)
+    found = []
+    for name, total in zip((*REGIONS, "head"), (*seconds, head)):
+        if total:
+            share = round(100 * least[name] * steps / total) if least[name] else ""
+            found.append({"batch": rows, "region": name, "ms": round(1000 * total / steps, 3), "least, ms": round(1000 * least[name], 3), "% of limit": share})
+    return found
+
+
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,11 +71,12 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    show, clock, rows = Show(), [0.0], []
+    show, clock, head, rows, parts = Show(), [0.0], [0.0], [], []
     model = lilliput.load(arguments.model, runner="native", weights=arguments.weights, kv="fp16", kv_tokens=16 * (arguments.steps + 64))
     native.threads(arguments.threads)
-    plan = model.module.plan
-    plan._native = Timed(plan._native, ("forward", "logits"), clock)
+    plan, limits = model.module.plan, roofline.measure()
+    region_clock = plan.clock()
+    plan._native = Timed(Timed(plan._native, ("logits",), head), ("forward", "logits"), clock)
     module = native.module()
     module.choose = timed(module.choose, clock)  # type: ignore[union-attr, attr-defined]
     for batch in arguments.batches:
@@ -69,17 +86,21 @@ def main() -> int:
         for _ in range(8):
             engine.step()
         whole, inside = [], []
+        head[0] = 0.0
+        region_clock.zero_()
         for _ in range(arguments.steps):
             clock[0], start = 0.0, time.perf_counter()
             engine.step()
             whole.append(1000 * (time.perf_counter() - start))
             inside.append(1000 * clock[0])
+        parts += regions(plan, batch, arguments.steps, region_clock.tolist(), head[0], limits)
         while engine.busy:
             engine.step()
         share = statistics.median(a - b for a, b in zip(whole, inside))
         step, compiled = (round(statistics.median(each), 3) for each in (whole, inside))
         rows.append({"batch": batch, "step, ms": step, "compiled, ms": compiled, "Python, ms": round(share, 3)})
     show.table(rows, ("batch", "step, ms", "compiled, ms", "Python, ms"), ", ".join(f"{key} {value}" for key, value in machine().items()))
+    show.table(parts, tuple(parts[0]), f"read {limits.read / 1e9:.1f} GB/s, fma {limits.fma / 1e9:.0f} GFLOP/s, int8 {limits.int8 / 1e9:.0f} GOP/s")
     return 0
 
 

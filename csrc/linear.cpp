@@ -1,42 +1,43 @@
 #include "linear.h"
 
+#include <algorithm>
+
 #include "pool.h"
 
 namespace lilliput {
 namespace {
 
-// Work is cut into tiles of rows x panels, rows innermost, so that a panel is read from memory once and then from the cache.
-// More tiles than threads, since a thread can lose its core; the borders change nothing in the results.
-struct Tiling { int rows, panels, across, count; };
-
-Tiling tiling(int rows, int panels) {
-  Tiling t;
-  t.rows = rows <= 96 ? rows : 96;
-  const int down = (rows + t.rows - 1) / t.rows, wanted = 4 * threads();
-  t.panels = (panels * down + wanted - 1) / wanted;
-  if (t.panels > 32) t.panels = 32;
-  if (t.panels < 2) t.panels = 2;
-  t.across = (panels + t.panels - 1) / t.panels;
-  t.count = t.across * down;
-  return t;
-}
-
+// Work is cut into tiles of rows x panels of nearly equal size, rows innermost, so that a panel is read from memory once and then from
+// the cache. More tiles than threads, since a thread can lose its core; the borders change nothing in the results.
 template <class F>
 void each_tile(int rows, int panels, F&& tile) {
   if (rows <= 0) return;
-  const Tiling t = tiling(rows, panels);
-  const int down = (rows + t.rows - 1) / t.rows;
-  parallel(t.count, [&](int task, int) {
-    const int r = task % down * t.rows, p = task / down * t.panels;
-    tile(r, r + t.rows < rows ? r + t.rows : rows, p, p + t.panels < panels ? p + t.panels : panels);
+  const int down = (rows + 95) / 96, wanted = 4 * threads(), least = (panels + 31) / 32, most = (panels + 1) / 2;  // 2 to 32 panels
+  const int across = std::min(most, std::max(least, (wanted + down - 1) / down));
+  parallel(across * down, [&](int task, int) {
+    const long r = task % down, p = task / down;
+    tile(int(rows * r / down), int(rows * (r + 1) / down), int(panels * p / across), int(panels * (p + 1) / across));
   });
 }
 
+constexpr int FEW = 1 << 12;  // numbers below which waking the pool costs more than quantising
+
 }  // namespace
 
-void linear8(const Weight& w, const Rows8& x, int rows, const float* bias, float* y, long y_stride, bool add) {
-  const auto tile = linear_int().tile;
-  each_tile(rows, w.panels(), [&](int r0, int r1, int p0, int p1) { tile(w, x, r0, r1, p0, p1, bias, y, y_stride, add); });
+size_t rows8_bytes(const Weight& w, int rows) {
+  return size_t(rows) * (size_t(w.inputs + 63) / 64 * 64 + size_t(w.groups()) * 8) + 64;
+}
+
+void linear8(const Weight& w, const float* x, long x_stride, int rows, const float* given, void* space, const float* bias, float* y, long y_stride, bool add) {
+  const int stride = (w.inputs + 63) / 64 * 64, groups = w.groups();
+  auto* q = reinterpret_cast<int8_t*>((reinterpret_cast<uintptr_t>(space) + 63) & ~uintptr_t(63));
+  auto* scales = reinterpret_cast<float*>(q + long(rows) * stride);
+  const Rows8 to{q, scales, reinterpret_cast<int32_t*>(scales + long(rows) * groups), stride, groups};
+  const auto& kernels = linear_int();
+  const int each = std::max(1, FEW / 2 / w.inputs);
+  if (long(rows) * w.inputs < FEW) kernels.quantize(w, x, x_stride, 0, rows, given, to);
+  else parallel_ranges(rows, each, [&](long r0, long r1) { kernels.quantize(w, x, x_stride, int(r0), int(r1), given, to); });
+  each_tile(rows, w.panels(), [&](int r0, int r1, int p0, int p1) { kernels.tile(w, to, r0, r1, p0, p1, bias, y, y_stride, add); });
 }
 
 void linear32(const Weight& w, const float* x, long x_stride, int rows, const float* bias, float* y, long y_stride, bool add) {

@@ -12,6 +12,7 @@
 // A row's result depends on that row and the weight alone (batch invariance): each output is one chain of sums over the inputs in
 // rising order (fp32), or exact int32 sums of whole groups which are then added in rising order. No split over inputs, ever.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "isa.h"
@@ -33,18 +34,18 @@ struct Weight {
   int groups() const { return group ? inputs / group : 1; }
 };
 
-// Rows quantised for one weight's grouping: q = round(x / scale), clamped to +-127. scale: max|x| / 127 over the group (over the row when
+// Rows quantised for one weight: q = round(x / scale), clamped to +-127. scale: max|x| / 127 over the group (over the row when
 // group is 0), or `given` [groups], the same for every row (static, from calibration).
 struct Rows8 {
   int8_t* q;       // [rows][stride], stride = inputs rounded up to 64, padded with zeros; 64-byte aligned
   float* scales;   // [rows][groups]
-  int32_t* sums;   // [rows][groups] of q, for offsets
+  int32_t* extra;  // [rows][groups], of the sum of q. SYMMETRIC: what the exact sum begins with; else the bits of scale * sum, for offsets
   int stride, groups;
 };
 
 // Outputs of panels [panel0, panel1) for rows [row0, row1). y is the address of row 0, output 0; bias may be null; add: y += instead of y =.
 struct IntKernels {
-  void (*quantize)(const float* x, long x_stride, int row0, int row1, int inputs, int group, const float* given, const Rows8& to);
+  void (*quantize)(const Weight& w, const float* x, long x_stride, int row0, int row1, const float* given, const Rows8& to);
   void (*tile)(const Weight& w, const Rows8& x, int row0, int row1, int panel0, int panel1, const float* bias, float* y, long y_stride, bool add);
 };
 struct FloatKernels {
@@ -54,8 +55,9 @@ struct FloatKernels {
 LILLIPUT_DISPATCH(IntKernels, linear_int)      // formats W8, Q4
 LILLIPUT_DISPATCH(FloatKernels, linear_float)  // every format: weights are widened to fp32, x stays fp32
 
-// Whole products, tiled over the pool (linear.cpp).
-void linear8(const Weight& w, const Rows8& x, int rows, const float* bias, float* y, long y_stride, bool add);
+// Whole products, tiled over the pool (linear.cpp). linear8 quantises the rows first, into `space` of rows8_bytes(w, rows).
+size_t rows8_bytes(const Weight& w, int rows);
+void linear8(const Weight& w, const float* x, long x_stride, int rows, const float* given, void* space, const float* bias, float* y, long y_stride, bool add);
 void linear32(const Weight& w, const float* x, long x_stride, int rows, const float* bias, float* y, long y_stride, bool add);
 
 }  // namespace lilliput

@@ -1,6 +1,7 @@
 #include "step.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 
@@ -190,14 +191,9 @@ void Plan::product(const Product& p, const float* x, long x_stride, int rows, fl
     x_stride = k;
   }
   if (!p.int8) return linear32(p.weight, x, x_stride, rows, p.bias, y, y_stride, add);
-  const int stride = (p.weight.inputs + 63) / 64 * 64, groups = p.weight.groups();
-  if (long(scratch.q.size()) < long(rows) * stride + 64) scratch.q.resize(size_t(rows) * size_t(stride) + 64);
-  if (long(scratch.scales.size()) < long(rows) * groups) { scratch.scales.resize(size_t(rows) * size_t(groups)); scratch.sums.resize(scratch.scales.size()); }
-  int8_t* aligned = reinterpret_cast<int8_t*>((reinterpret_cast<uintptr_t>(scratch.q.data()) + 63) & ~uintptr_t(63));
-  const Rows8 q{aligned, scratch.scales.data(), scratch.sums.data(), stride, groups};
-  const auto quantize = linear_int().quantize;
-  each_row(rows, p.weight.inputs, [&](int r) { quantize(x, x_stride, r, r + 1, p.weight.inputs, p.weight.group, p.scales, q); });
-  linear8(p.weight, q, rows, p.bias, y, y_stride, add);
+  const size_t space = rows8_bytes(p.weight, rows);
+  if (scratch.rows8.size() < space) scratch.rows8.resize(space);
+  linear8(p.weight, x, x_stride, rows, p.scales, scratch.rows8.data(), p.bias, y, y_stride, add);
 }
 
 void Plan::forward(const Batch& batch, const int32_t* tokens, float* x, int first, int last, Reduce reduce, void* context) {
@@ -211,7 +207,12 @@ void Plan::forward(const Batch& batch, const int32_t* tokens, float* x, int firs
   }
   Step s{*this, batch, x, reduce, context};
   for (int i = first; i < last; i++)
-    for (const int region : layers[size_t(i)].regions) REGIONS[region](s, layers[size_t(i)]);
+    for (const int region : layers[size_t(i)].regions) {
+      if (!clock) { REGIONS[region](s, layers[size_t(i)]); continue; }
+      const auto start = std::chrono::steady_clock::now();
+      REGIONS[region](s, layers[size_t(i)]);
+      clock[region] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
 }
 
 void Plan::logits(const float* x, const int32_t* sampled, int count, float* out) {

@@ -107,6 +107,7 @@ struct Plan {
   Product project_in, project_out, head;
   Norm norm;
   std::vector<Layer> layers;
+  double* clock = nullptr;           // null, or [8]: seconds of each Region are added (benchmarks; nothing is timed without it)
 
   // Hidden states of `batch` through layers [first, last), in place. tokens: embedded into x first when not null.
   void forward(const Batch& batch, const int32_t* tokens, float* x, int first, int last, Reduce reduce, void* context);
@@ -116,9 +117,7 @@ struct Plan {
   // Scratch of the step that runs; a region reads and writes these.
   struct Scratch {
     std::vector<float> normed, wide, hidden, qkv, attended, up, acted, partial, rounded, low;
-    std::vector<int8_t> q;
-    std::vector<float> scales;
-    std::vector<int32_t> sums;
+    std::vector<char> rows8;
   } scratch;
 
   void product(const Product& p, const float* x, long x_stride, int rows, float* y, long y_stride, bool add);

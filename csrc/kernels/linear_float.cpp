@@ -79,13 +79,13 @@ LP_INLINE vf number(const Panel& p, int k, int v) {
   return floats(mask(shift_left(bits, 21), int32_t(0x8fe00000))) * set1(5.192296858534828e33f) * scale;
 }
 
-// acc[i][v] += numbers of inputs [from, to) times row i; `wide`: the numbers, already decoded, [to - from][16]; null: decode here.
-template <int MR, int NP, Format F, Offset O>
+// acc[i][v] += numbers of inputs [from, to) times row i. DECODED: the numbers lie in `wide`, [to - from][16]; else they are decoded here from p.
+template <int MR, int NP, Format F, Offset O, bool DECODED = false>
 LP_INLINE void chain(vf (&acc)[MR][NP][V], const Panel* p, const float* wide, long wide_stride, const float* const* x, int from, int to) {
   for (int k = from; k < to; k++) {
     vf w[NP][V];
     for (int j = 0; j < NP; j++)
-      for (int v = 0; v < V; v++) w[j][v] = wide ? load(wide + j * wide_stride + long(k - from) * PANEL + v * W) : number<F, O>(p[j], k, v);
+      for (int v = 0; v < V; v++) w[j][v] = DECODED ? load(wide + j * wide_stride + long(k - from) * PANEL + v * W) : number<F, O>(p[j], k, v);
     for (int i = 0; i < MR; i++) {
       const vf a = set1(x[i][k]);
       for (int j = 0; j < NP; j++)
@@ -150,13 +150,13 @@ void decoded(const float* wide, long apart, const float* x, long x_stride, int r
   for (int i = 0; i < MR; i++)
     for (int j = 0; j < NP; j++)
       for (int v = 0; v < V; v++) acc[i][j][v] = first ? zero() : load(sums + (long(row + i) * NP + j) * PANEL + v * W);
-  if (!soon) chain<MR, NP, F32, SYMMETRIC>(acc, nullptr, wide, apart, rows, from, to);
+  if (!soon) chain<MR, NP, F32, SYMMETRIC, true>(acc, nullptr, wide, apart, rows, from, to);
   else
     for (int k = from; k < to; k += ASKED) {
       const int end = k + ASKED < to ? k + ASKED : to;
       for (int j = 0; j < NP; j++)
         for (int b = (k - from) * each; b < (end - from) * each; b += 64) __builtin_prefetch(soon[j] + b, 0, NEAR ? 3 : 2);
-      chain<MR, NP, F32, SYMMETRIC>(acc, nullptr, wide + long(k - from) * PANEL, apart, rows, k, end);
+      chain<MR, NP, F32, SYMMETRIC, true>(acc, nullptr, wide + long(k - from) * PANEL, apart, rows, k, end);
     }
   for (int i = 0; i < MR; i++)
     for (int j = 0; j < NP; j++)

@@ -189,11 +189,7 @@ void block(const Weight& w, const Rows8& x, int row, int panel, const float* bia
   for (int g = 0; g < groups; g++) {
     Sums acc[MR][NP];
     for (int i = 0; i < MR; i++) {
-      int start = 0;
-      if (F == Q4 && O == SYMMETRIC) start = -8 * x.sums[long(row + i) * x.groups + g];
-#if defined(__AVX512F__)
-      if (F == W8) start = -128 * x.sums[long(row + i) * x.groups + g];
-#endif
+      const int start = O == SYMMETRIC ? x.extra[long(row + i) * x.groups + g] : 0;
       for (int j = 0; j < NP; j++) acc[i][j] = begin(start);
     }
 #if defined(__AVX512F__)
@@ -210,7 +206,7 @@ void block(const Weight& w, const Rows8& x, int row, int panel, const float* bia
         for (int i = 0; i < MR; i++) {
           const float sx = x.scales[long(row + i) * x.groups + g];
           out[i][j][v] = fma(to_float(acc[i][j].v[v]), set1(sx) * scale, out[i][j][v]);
-          if (F == Q4 && O != SYMMETRIC) out[i][j][v] = fma(offset, set1(sx * float(x.sums[long(row + i) * x.groups + g])), out[i][j][v]);
+          if (F == Q4 && O != SYMMETRIC) out[i][j][v] = fma(offset, set1(bits_float(x.extra[long(row + i) * x.groups + g])), out[i][j][v]);
         }
       }
   }
@@ -281,41 +277,65 @@ void tile(const Weight& w, const Rows8& x, int r0, int r1, int p0, int p1, const
 LP_INLINE void store_bytes(int8_t* p, vi v) {
 #if defined(__AVX512F__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+#elif defined(__AVX2__)
+  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
 #else
   for (int i = 0; i < W; i++) { int32_t n; memcpy(&n, reinterpret_cast<const char*>(&v) + 4 * i, 4); p[i] = int8_t(n); }
 #endif
 }
 
+constexpr int BATCH = 64;  // groups whose scales are made together
+
 // A group with a number that is not finite gets the scale NaN, so that its row answers NaN and no other does.
-void quantize(const float* x, long x_stride, int r0, int r1, int inputs, int group, const float* given, const Rows8& to) {
-  const int size = group ? group : inputs;
+void quantize(const Weight& w, const float* x, long x_stride, int r0, int r1, const float* given, const Rows8& to) {
+  const int size = w.group ? w.group : w.inputs;
+  const vf most_q = set1(127.0f), least_q = set1(-127.0f);
+#if defined(__AVX512F__)
+  const int start = w.format == W8 ? -128 : -8;
+#else
+  const int start = w.format == W8 ? 0 : -8;
+#endif
   for (int r = r0; r < r1; r++) {
     const float* row = x + r * x_stride;
     int8_t* q = to.q + long(r) * to.stride;
-    for (int g = 0; g < to.groups; g++) {
-      const float* from = row + g * size;
-      vi most = bits(zero());  // of |x|, as bits: NaN is above infinity, and it is found with the same comparison
-      int k = 0;
-      for (; k + W <= size; k += W) most = max(most, bits(abs(load(from + k))));
-      if (k < size) most = max(most, bits(abs(load_n(from + k, size - k))));
-      const float top = bits_float(hmax(most));
-      const bool finite = top <= 3.4028235e38f;
-      const float scale = given ? given[g] : top / 127.0f;
-      const float inverse = !finite || (given ? scale : top) <= 1e-30f ? 0.0f : given ? 1.0f / scale : 127.0f / top;  // below, it would be infinite
-      const vf most_q = set1(127.0f), least_q = set1(-127.0f);
-      vi total = bits(zero());
-      for (k = 0; k < size; k += W) {
-        const int n = size - k < W ? size - k : W;
-        const vf v = n == W ? load(from + k) : load_n(from + k, n);
-        const vi rounded = finite ? to_int(max(min(v * set1(inverse), most_q), least_q)) : to_int(zero());
-        total = plus(total, rounded);
-        if (n == W) store_bytes(q + g * size + k, rounded);
-        else { int8_t rest[PANEL]; store_bytes(rest, rounded); memcpy(q + g * size + k, rest, size_t(n)); }
+    float* scales = to.scales + long(r) * to.groups;
+    int32_t* extra = to.extra + long(r) * to.groups;
+    for (int g0 = 0; g0 < to.groups; g0 += BATCH) {
+      const int count = to.groups - g0 < BATCH ? to.groups - g0 : BATCH;
+      float tops[BATCH], inverses[BATCH];
+      for (int g = 0; g < count; g++) {
+        const float* from = row + long(g0 + g) * size;
+        vi most = bits(zero());  // of |x|, as bits: NaN is above infinity, and it is found with the same comparison
+        int k = 0;
+        for (; k + W <= size; k += W) most = max(most, bits(abs(load(from + k))));
+        if (k < size) most = max(most, bits(abs(load_n(from + k, size - k))));
+        tops[g] = bits_float(hmax(most));
       }
-      to.scales[long(r) * to.groups + g] = finite ? scale : bits_float(0x7fc00000);
-      to.sums[long(r) * to.groups + g] = sum(total);
+      for (int g = 0; g < count; g++) {
+        const float top = tops[g], scale = given ? given[g0 + g] : top / 127.0f, inverse = given ? 1.0f / scale : 127.0f / top;
+        inverses[g] = (given ? scale : top) <= 1e-30f ? 0.0f : inverse;  // below, it would be infinite
+        scales[g0 + g] = top <= 3.4028235e38f ? scale : bits_float(0x7fc00000);
+      }
+      for (int g = 0; g < count; g++) {
+        const float* from = row + long(g0 + g) * size;
+        int8_t* out = q + long(g0 + g) * size;
+        const vf inverse = set1(inverses[g]);
+        vi total = bits(zero());
+        for (int k = 0; k < size; k += W) {
+          const int n = size - k < W ? size - k : W;
+          const vf v = n == W ? load(from + k) : load_n(from + k, n);
+          const vi rounded = to_int(max(min(v * inverse, most_q), least_q));  // in this order NaN becomes 127
+          total = plus(total, rounded);
+          if (n == W) store_bytes(out + k, rounded);
+          else { int8_t rest[PANEL]; store_bytes(rest, rounded); memcpy(out + k, rest, size_t(n)); }
+        }
+        const int32_t sums = sum(total);
+        if (w.offset == SYMMETRIC) extra[g0 + g] = start * sums;
+        else { const float share = scales[g0 + g] * float(sums); memcpy(extra + g0 + g, &share, 4); }
+      }
     }
-    if (to.stride > inputs) memset(q + inputs, 0, size_t(to.stride - inputs));
+    if (to.stride > w.inputs) memset(q + w.inputs, 0, size_t(to.stride - w.inputs));
   }
 }
 

@@ -140,6 +140,17 @@ def whole_step(model: NativeDecoder, tokens: list[int], **how):
     return decoder_step, int32(tokens), batch | how
 
 
+def test_the_clock_adds_up_regions_and_changes_nothing() -> None:
+    model = lowered(eager(LLAMA))
+    step, tokens, batch = whole_step(model, list(range(20)))
+    _, want = step(model.plan, tokens, None, **batch)
+    seconds = model.plan.clock()
+    _, got = step(model.plan, tokens, None, **batch)
+    once = seconds.clone()
+    step(model.plan, tokens, None, **batch)
+    assert torch.equal(got, want) and (once[:6] > 0).all() and (once[6:] == 0).all() and (seconds[:6] > once[:6]).all()
+
+
 def test_layers_in_ranges_are_the_whole() -> None:
     """[0, 1) then [1, 3), hidden states between: bit-equal to one call. What pipelines and streaming do."""
     model = lowered(eager(LLAMA))

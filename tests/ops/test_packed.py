@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lilliput.base.errors import UserError
 from lilliput.ops import codecs, float_codecs, native, packed
@@ -215,3 +221,29 @@ def test_the_op_is_a_good_torch_citizen() -> None:
     weight = codecs.quantize_q4(torch.randn(20, 64), 32)
     arguments = torch.randn(3, 64), weight.data, weight.scales, None, 3, 20, 32, 0, None, True, None
     torch.library.opcheck(packed.LINEAR, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@needs_native
+def test_only_a_watched_product_goes_through_the_dispatcher() -> None:
+    """Modes, tensors of a class of their own, gradients and torch.compile's tracer see the op; nobody else pays for it. The numbers are the same."""
+    weight, x = make(torch.randn(20, 64), "q4"), torch.randn(3, 64)
+    seen: list[str] = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    plain = packed.linear(x, weight)
+    with Watching():
+        watched = packed.linear(x, weight)
+    assert "lilliput.linear_packed.default" in seen and torch.equal(plain, watched)
+    with FakeTensorMode() as mode:
+        assert packed.linear(mode.from_tensor(x), weight_of(weight, mode.from_tensor)).shape == (3, 20)
+    assert not native.watched(x) and native.watched(torch.nn.Parameter(x)) and native.watched(x.clone().requires_grad_())
+    with torch.no_grad():
+        assert not native.watched(x.clone().requires_grad_())
+
+
+def weight_of(weight: PackedWeight, turn: Callable[[torch.Tensor], torch.Tensor]) -> PackedWeight:
+    return replace(weight, **{name: turn(part) for name in ("data", "scales", "offsets") if (part := getattr(weight, name)) is not None})

@@ -43,7 +43,7 @@ class LowRank:
             at += a.shape[0]
         self._held += [packed_a, packed]
         self.bytes += packed_a.bytes + sum(weight.bytes for weight, _, _ in packed)
-        self._native.put(layer, slot, packed_a.native(), [(weight.native(), first, output) for weight, first, output in packed])
+        self._native.put(layer, slot, packed_a.native, [(weight.native, first, output) for weight, first, output in packed])
 
     def native(self) -> Any:
         """The extension's half; valid while this object lives."""

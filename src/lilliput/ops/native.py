@@ -3,6 +3,7 @@
     module()      the extension, or None        missing()   the reason, with the fix
     level()       the instruction set in use    using()     another one for a while (tests run them all)
     define()      a kernel as a torch.library op that torch.compile, meta tensors and autograd see
+    watched()     whether any of these would see it now; if not, the op's function may be called itself
 
 Without the extension everything runs on the references. Nothing here loads torch except `define`.
 A kernel runs on the pool of csrc/pool.h, whose threads are `threads(n)` and not torch's.
@@ -23,6 +24,8 @@ from lilliput.base.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from pathlib import Path
     from types import ModuleType
+
+    from torch import Tensor
 
 LEVELS = ("scalar", "avx2", "avx512")  # in the order of csrc/isa.h
 
@@ -108,7 +111,8 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], cuda:
     """Register `lilliput::name` once and return the op. schema: "name(Tensor x, int n) -> Tensor"; fake: the same on shapes alone;
     cuda: the same on CUDA tensors, or None.
 
-    Cost of a call through the dispatcher: 10 us with a schema of tensors and numbers (torch.library.custom_op takes 40 to 80).
+    Cost of a call through the dispatcher: 10 us with a schema of tensors and numbers (torch.library.custom_op takes 40 to 80): where that
+    counts, ask `watched` first.
     """
     import torch
 
@@ -119,3 +123,16 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], cuda:
         holder.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"lilliput::{name}", fake, lib=holder)
     return getattr(torch.ops.lilliput, name).default
+
+
+def watched(x: Tensor) -> bool:
+    """Whether a call with this tensor must go through the dispatcher: it is traced, differentiated, of a class of its own (fake, wrapped), or
+    some mode looks on (counters, meters). 0.5 us."""
+    import torch
+
+    return (
+        type(x) is not torch.Tensor
+        or (x.requires_grad and torch.is_grad_enabled())
+        or torch._C._len_torch_dispatch_stack() > 0  # type: ignore[attr-defined]
+        or torch.compiler.is_compiling()
+    )

@@ -61,12 +61,13 @@ def linear(
     flat = x.reshape(-1, weight.inputs)
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
-    if add_to is None:
+    if add_to is None and native.watched(flat):
         numbers = FORMATS.index(weight.format), weight.outputs, weight.group, OFFSETS.index(weight.offset)
         return LINEAR(flat, weight.data, weight.scales, weight.offsets, *numbers, bias, int8, static_G).view(*x.shape[:-1], weight.outputs)
-    assert add_to.is_contiguous(), "add_to must be contiguous"
-    _multiply(flat, weight, bias, int8, static_G, add_to.view(-1, weight.outputs), True)
-    return add_to
+    assert add_to is None or add_to.is_contiguous(), "add_to must be contiguous"
+    y = torch.empty(*x.shape[:-1], weight.outputs) if add_to is None else add_to
+    _multiply(flat, weight, bias, int8, static_G, y, add_to is not None)
+    return y
 
 
 def reference(x: Tensor, weight: PackedWeight, bias: Tensor | None, int8: bool, static_G: Tensor | None = None) -> Tensor:
@@ -80,20 +81,13 @@ def reference(x: Tensor, weight: PackedWeight, bias: Tensor | None, int8: bool, 
     return (y if bias is None else y + bias).view(*x.shape[:-1], weight.outputs)
 
 
-def _multiply(x_RK: Tensor, weight: PackedWeight, bias: Tensor | None, int8: bool, static_G: Tensor | None, y_RN: Tensor, add: bool) -> None:
+def _multiply(x_RK: Tensor, weight: PackedWeight, bias: Tensor | None, int8: bool, static_G: Tensor | None, y: Tensor, add: bool) -> None:
     module, count = native.module(), x_RK.shape[0]
-    bias_at = 0 if bias is None else bias.data_ptr()
-    if not int8:
-        module.linear32(weight.native(), x_RK.data_ptr(), x_RK.stride(0), count, bias_at, y_RN.data_ptr(), weight.outputs, add)
-        return
-    stride = -(-weight.inputs // 64) * 64
-    q = torch.empty(count * stride + 64, dtype=torch.int8)
-    start = -q.data_ptr() % 64
-    scales, sums = torch.empty(count, weight.groups), torch.empty(count, weight.groups, dtype=torch.int32)
-    where = (q.data_ptr() + start, scales.data_ptr(), sums.data_ptr(), stride, weight.groups)
-    given = 0 if static_G is None else static_G.data_ptr()
-    module.quantize(x_RK.data_ptr(), x_RK.stride(0), count, weight.inputs, weight.group, given, *where)
-    module.linear8(weight.native(), *where, count, bias_at, y_RN.data_ptr(), weight.outputs, add)
+    bias_at, into = 0 if bias is None else bias.data_ptr(), (y.data_ptr(), weight.outputs, add)
+    if int8:
+        module.linear8(weight.native, x_RK.data_ptr(), x_RK.stride(0), count, 0 if static_G is None else static_G.data_ptr(), bias_at, *into)
+    else:
+        module.linear32(weight.native, x_RK.data_ptr(), x_RK.stride(0), count, bias_at, *into)
 
 
 def _run(x: Tensor, data: Tensor, scales: Tensor | None, offsets: Tensor | None, format: int, outputs: int, group: int, offset: int,

@@ -6,6 +6,7 @@ A PackedWeight is made once by a codec (ops/codecs.py, ops/float_codecs.py) and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class PackedWeight:
         """Scales of one output."""
         return self.inputs // self.group if self.group else 1
 
+    @cached_property
     def native(self) -> Any:
         """The extension's view of it; valid while this object lives."""
         return native.module().Weight(FORMATS.index(self.format), self.outputs, self.inputs, self.group, OFFSETS.index(self.offset),

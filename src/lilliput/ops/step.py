@@ -47,6 +47,7 @@ class StepPlan:
         assert native.module() is not None, "ask native.missing() before building a plan"
         self.dim, self.vocab, self.kv_heads, self.layers, self.on_read = dim, vocab, kv_heads, 0, False
         self._held: list[Any] = []  # what the native plan points to
+        self.products: dict[tuple[int | None, str], tuple[PackedWeight, bool]] = {}  # (layer, slot): (weight, whether its rows are int8)
         self.store: KvStore | None = None
         self._native = native.module().Plan(dim, heads, kv_heads, head_dim, ffn, vocab, wide, ACTS.index(act), scale)
         self.handle = id(self)
@@ -81,6 +82,7 @@ class StepPlan:
         each times a power of two of its own (ops/fp8.py).
         """
         number = (TOP_SLOTS if layer is None else LAYER_SLOTS).index(slot)
+        self.products[layer, slot] = weight, int8
         self._native.product(-1 if layer is None else layer, number, self._weight(weight), self._address(bias), int8, self._address(static_G), float8)
 
     def norm(self, layer: int | None, slot: str, weight: Tensor, bias: Tensor | None, eps: float) -> None:
@@ -93,6 +95,13 @@ class StepPlan:
         """RMS norms of each query and key head, before RoPE."""
         self._native.head_norms(layer, self._address(q_D), self._address(k_D), eps)
 
+    def clock(self) -> Tensor:
+        """Seconds of each region, in the order of REGIONS, added up from now on: fp64, zero them between steps. Unasked, nothing is timed."""
+        seconds = torch.zeros(len(REGIONS), dtype=torch.float64)
+        self._held.append(seconds)
+        self._native.clock(seconds.data_ptr())
+        return seconds
+
     def cache(self, store: KvStore) -> None:
         """Where keys and values lie; another store may take its place between steps."""
         self.store = store
@@ -101,7 +110,7 @@ class StepPlan:
 
     def _weight(self, weight: PackedWeight) -> Any:
         self._held.append(weight)
-        return weight.native()
+        return weight.native
 
     def _address(self, tensor: Tensor | None) -> int:
         if tensor is None:
