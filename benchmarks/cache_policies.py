@@ -3,6 +3,7 @@
     make bench X=cache_policies ARGS="quality wikitext-2/test.txt"        full, heavy hitters, sinks, windows at one budget
     make bench X=cache_policies ARGS="stream novel.txt --tokens 100000"   sinks and a plain window against recomputing the window
     make bench X=cache_policies ARGS="speed"                              tokens a second at 512 to 8,000 tokens of context
+    make bench X=cache_policies ARGS="anew"                               a token through sinks against the window computed anew for it
     make bench X=cache_policies ARGS="choices FOLDER --budget 96"         multiple choice behind solved examples that do not fit the budget
 
 Everything runs through the engine, as in serving: prompts are scored while tokens leave. Perplexities are deterministic up to rounding.
@@ -118,11 +119,34 @@ def speed(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
     return rows
 
 
+def anew(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
+    """Milliseconds of a token in a full rolling cache, and of computing as long a window from scratch, in turns; medians."""
+    rows, again = [], lilliput.load(args.model, runner="native", weights=args.weights, kv=args.kv)
+    for size in (256, 512, 1024):
+        one, times = engine(args, f"sinks:4+{size - 4}", size + 64), []
+        one.add([1000 + i * 7 % 5000 for i in range(size + 64)], Sampling(args.rounds * 8 + 40, ignore_eos=True))
+        while any(not answer.tokens for answer in one._answers.values()):
+            one.step()
+        window = torch.tensor([[1000 + i * 7 % 5000 for i in range(size)]])
+        for _ in range(args.rounds):
+            start = time.perf_counter()
+            for _ in range(8):
+                one.step()
+            middle = time.perf_counter()
+            with torch.inference_mode():
+                again.module.head(again.module.hidden(window)[:, -1])
+            times.append(((middle - start) / 8 * 1e3, (time.perf_counter() - middle) * 1e3))
+        rows.append({"cache": size, "sinks, ms": round(statistics.median(a for a, _ in times), 2), "anew, ms": round(statistics.median(b for _, b in times), 1),
+                     "ratio": round(statistics.median(b / a for a, b in times), 1)})  # fmt: skip
+        show.line(", ".join(f"{key} {value}" for key, value in rows[-1].items()))
+    return rows
+
+
 def choices(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
     """Accuracy on questions of three tasks, each behind the same solved examples; what the budget cannot hold leaves while they are read."""
     rows, size = [], args.budget
     tokenizer = lilliput.load(args.model).tokenizer
-    for task in ("arc_easy", "piqa", "openbookqa"):
+    for task in args.tasks:
         read = read_questions(task, args.text, args.shots + args.questions)
         solved, asked = read[: args.shots], read[args.shots :]
         before = "".join(f"{context}{continuation}\n\n" for context, continuation in (one.choices[one.answer] for one in solved))
@@ -142,7 +166,7 @@ def choices(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
 def main() -> int:
     """Measure and print a table."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("what", choices=("quality", "stream", "speed", "choices"))
+    options.add_argument("what", choices=("quality", "stream", "speed", "anew", "choices"))
     options.add_argument("text", nargs="?", default="")
     options.add_argument("--model", default="smollm2-135m")
     options.add_argument("--weights", default="file")
@@ -154,13 +178,14 @@ def main() -> int:
     options.add_argument("--samples", type=int, default=64)
     options.add_argument("--rounds", type=int, default=7)
     options.add_argument("--shots", type=int, default=8, help="solved examples before each question")
+    options.add_argument("--tasks", nargs="+", default=["arc_easy", "piqa", "openbookqa"])
     options.add_argument("--questions", type=int, default=100)
     options.add_argument("--json", action="store_true")
     args = options.parse_args()
     show = Show(json=args.json)
     torch.set_num_threads(cpus())
     native.threads(cpus())
-    rows = {"quality": quality, "stream": stream, "speed": speed, "choices": choices}[args.what](args, show)
+    rows = {"quality": quality, "stream": stream, "speed": speed, "anew": anew, "choices": choices}[args.what](args, show)
     show.data({"arguments": vars(args), "rows": rows})
     show.table(rows, tuple(rows[0]), f"{args.model}, {args.what}")
     return 0
