@@ -9,6 +9,7 @@ void bind_frozen(nb::module_& m);
 void bind_fused(nb::module_& m);
 void bind_linear(nb::module_& m);
 void bind_paged(nb::module_& m);
+void bind_pages(nb::module_& m);
 void bind_roofline(nb::module_& m);
 void bind_sampler(nb::module_& m);
 void bind_sparse(nb::module_& m);
@@ -29,6 +30,6 @@ NB_MODULE(_native, m) {
     for (int r = 0; r < regions; r++) lilliput::parallel(tasks, [&](int, int) { __atomic_fetch_add(&counted, 1, __ATOMIC_RELAXED); });
     return counted;
   }, Released());
-  bind_adamw(m); bind_flash(m); bind_frozen(m); bind_fused(m); bind_linear(m); bind_paged(m);
+  bind_adamw(m); bind_flash(m); bind_frozen(m); bind_fused(m); bind_linear(m); bind_paged(m); bind_pages(m);
   bind_roofline(m); bind_sampler(m); bind_sparse(m); bind_step(m);
 }

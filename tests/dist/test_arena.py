@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from lilliput.base.errors import UserError
-from lilliput.dist import arena as arenas
 from lilliput.dist import engine as engines
-from lilliput.dist.arena import BLOCK, Arena, checksum
-from lilliput.dist.engine import PAGE, Buffers, Engine, File, whole_pages
+from lilliput.dist.arena import Arena
+from lilliput.dist.engine import BLOCK, Buffers, Engine, File, whole_pages
+from lilliput.ops.pages import PAGE
 
 SIZES = {"small": 12, "odd": 3 * PAGE + 5, "blocks": 2 * BLOCK + 4 * PAGE + 4}
 
@@ -163,12 +163,21 @@ def test_damage_is_named(engine: Engine, tmp_path: Path) -> None:
     assert "block 1 " in fault.value.why and str(at - 17) in fault.value.why and "a.bin" in fault.value.why
 
 
-def test_checksum_sees_bits_and_places() -> None:
-    pages = torch.randint(0, 256, (4 * PAGE,), dtype=torch.uint8)
-    swapped = torch.cat([pages[PAGE : 2 * PAGE], pages[:PAGE], pages[2 * PAGE :]])
-    flipped = pages.clone()
-    flipped[5000] ^= 1
-    assert len({checksum(pages), checksum(swapped), checksum(flipped)}) == 3
+def test_tensors_on_pages_go_straight_and_others_through_the_pool(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 2 * BLOCK + 3 * PAGE + 4
+    arena, value = Arena(engine, tmp_path / "a.bin", {"x": count}), content("blocks", 1)
+    value = torch.cat([value, value])[:count]
+    on, off = whole_pages(count)[:count].copy_(value), whole_pages(count + 64)[64 : count + 64].copy_(value)
+    assert on.data_ptr() % PAGE == 0 and off.data_ptr() % PAGE == 64
+    pools: list[int] = []
+    taken = Buffers.taken
+    monkeypatch.setattr(Buffers, "taken", lambda self: pools.append(1) or taken(self))
+    for source, into, through in ((on, off, 1 + 3), (off, on, 3 + 1)):  # the last block is no whole number of pages
+        arena.write("x", source).result()
+        arena.turn("x")
+        arena.read("x", into.zero_()).result()
+        assert torch.equal(into, value) and len(pools) == through
+        pools.clear()
 
 
 def test_a_torn_index_is_no_generation(engine: Engine, tmp_path: Path) -> None:
@@ -258,4 +267,3 @@ def test_buffers_are_few_aligned_and_given_back() -> None:
         assert buffers.free.empty()
         assert {t.data_ptr() % PAGE for t in (one, two)} == {0} and one.numel() == 2 * PAGE
     assert buffers.free.qsize() == 2
-    assert arenas.ODD[3] == 7

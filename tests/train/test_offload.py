@@ -107,6 +107,25 @@ def test_delayed_is_the_papers_schedule(delay: int, micros: int) -> None:
     assert [norm for _, norm in run(plain, range(12), micros)] != [norm for _, norm in expected], "a delay is another schedule"
 
 
+@pytest.mark.parametrize("micros", [1, 2])
+def test_new_weights_go_up_as_soon_as_the_backward_pass_is_done_with_the_old_ones(micros: int) -> None:
+    rig, forward, end = make_rig({"offload": Offload(delay=1)}, micro_batches=micros), [], []
+    host = rig.optimizer
+    begin, receive = host.begin, host.receive
+
+    def begun(count: int) -> None:
+        begin(count)
+        if host.working is not None:
+            host.working.result()  # nothing waits for the update, so what is sent depends on the backward pass alone
+
+    host.begin = begun
+    host.receive = lambda: (end.append(len(host.sent)), receive())
+    rig.model.register_forward_pre_hook(lambda *_: forward.append(len(host.sent)))
+    run(rig, range(3), micros)
+    assert end == [0, len(host.parameters), len(host.parameters)], "all of them, before the step was over"
+    assert forward == [0] * 3 * micros, "none while a micro-batch was still to come"
+
+
 @pytest.mark.parametrize("knobs", [{}, {"delay": 3}], ids=["plain", "delayed"])
 def test_a_restored_run_goes_on_bitwise(knobs: dict) -> None:
     whole, first, second = (make_rig({"offload": Offload(**knobs)}) for _ in range(3))

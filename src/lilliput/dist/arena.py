@@ -22,20 +22,12 @@ import torch
 
 from lilliput.base.errors import UserError
 from lilliput.base.show import size
-from lilliput.dist.engine import PAGE, Engine, File, aligned, settled, whole_pages
+from lilliput.dist.engine import BLOCK, Engine, File, aligned, settled, whole_pages
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK = 1 << 20  # bytes that one checksum covers
 HEAD = 40  # bytes before an index: its length and its sha256
-ODD = np.arange(BLOCK // PAGE, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-
-
-def checksum(pages: Tensor) -> int:
-    """64 bits of a whole number of pages: sums of their words, weighted by the page, so that no page may be old, damaged or misplaced."""
-    sums = np.add.reduce(pages.numpy().view(np.uint64).reshape(-1, PAGE // 8), axis=1)
-    return int(np.add.reduce(sums * ODD[: len(sums)]))
 
 
 def require(folder: Path, files: Mapping[Path, int]) -> None:
@@ -85,10 +77,9 @@ class Arena:
             flat.zero_()
             return settled()
 
-        def check(pages: Tensor, begin: int) -> None:
-            for offset in range(0, pages.numel(), BLOCK):
-                number = (start + begin + offset) // BLOCK
-                if (found := checksum(pages[offset : offset + BLOCK])) != sums.get(number):
+        def check(begin: int, came: list[int]) -> None:
+            for number, found in enumerate(came, (start + begin) // BLOCK):
+                if found != sums.get(number):
                     first = self.places[name][place] + number * BLOCK
                     why = f"block {number} (from byte {first} of {self.path}) has checksum {found:x}, written was {sums.get(number, 0):x}"
                     raise UserError(f"{name} is damaged on disk", why, "go on from another checkpoint, and test the disk")
@@ -101,9 +92,8 @@ class Arena:
         self.wait(name, place, start, start + pages.numel())
         sums = self.sums[name][place]
 
-        def note(pages: Tensor, begin: int) -> None:
-            for offset in range(0, pages.numel(), BLOCK):
-                sums[(start + begin + offset) // BLOCK] = checksum(pages[offset : offset + BLOCK])
+        def note(begin: int, leave: list[int]) -> None:
+            sums.update(enumerate(leave, (start + begin) // BLOCK))
 
         future = self.engine.write(self.file, pages, self.places[name][place] + start, note)
         self.pending.setdefault(name, []).append((place, start, start + pages.numel(), future))
@@ -170,8 +160,10 @@ class Arena:
 
     def close(self) -> None:
         """Finish and close the file."""
-        self.settle()
-        self.file.close()
+        try:
+            self.settle()
+        finally:
+            self.file.close()
 
     def _indexes(self) -> dict[int, dict[str, Any]]:
         """Slot -> index, of those that are whole and of this layout."""

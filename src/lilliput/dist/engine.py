@@ -1,13 +1,15 @@
 """Bytes to and from files beside the computation: threads that read and write blocks past the page cache (O_DIRECT).
 
 A file's pages are not kept in memory: what is stored leaves it, and what is read came from the disk. O_DIRECT wants memory, offsets
-and lengths in multiples of 4096 bytes, so every block goes through an aligned buffer of a pool of fixed size (pinned where a GPU copies
-from it). Two to four threads with blocks of 1 to 8 MiB reach what such a disk gives (benchmarks/infinity.md); smaller blocks do not.
+and lengths in multiples of 4096 bytes. Blocks of tensors that begin on a page (`whole_pages`) go straight to and from them; every other
+block goes through an aligned buffer of a pool of fixed size (pinned where a GPU copies from it), its checksum taken in the pass that
+copies it. Blocks of 2 MiB in huge pages and two threads reach what such a disk gives (benchmarks/infinity.md); the other threads sum and copy meanwhile.
 A file system that refuses O_DIRECT is used through the page cache, and `reason` says so.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -16,7 +18,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +27,13 @@ import torch
 from lilliput.base.errors import UserError
 from lilliput.base.records import disk_errors, locked
 from lilliput.dist.link import Throttle
+from lilliput.ops.pages import PAGE, sums
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PAGE = 4096
+HUGE = 2 << 20  # bytes of a huge page
+BLOCK = 1 << 20  # bytes that one checksum covers
 
 
 def aligned(count: int) -> int:
@@ -38,8 +42,19 @@ def aligned(count: int) -> int:
 
 
 def whole_pages(count: int) -> Tensor:
-    """A buffer of its own, uint8, of so many bytes rounded up to pages, which begins on one."""
-    return torch.frombuffer(mmap.mmap(-1, aligned(count)), dtype=torch.uint8)
+    """A buffer of its own, uint8, of so many bytes rounded up to pages, which begins on one. In huge pages where the system has them: a disk takes
+    a limited number of pieces of memory at a time, and a block of single pages is several requests."""
+    size = aligned(count) if count < HUGE else -(-count // HUGE) * HUGE
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a system without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)[: aligned(count)]
+
+
+def straight(part: Tensor) -> bool:
+    """Whether the disk can read from and write to this flat uint8 tensor itself: whole pages of the CPU's memory."""
+    return part.device.type == "cpu" and part.data_ptr() % PAGE == 0 and part.numel() % PAGE == 0
 
 
 class Buffers:
@@ -112,7 +127,8 @@ class File:
         self._close()
 
     def _move(self, call: Callable[[memoryview, int], int], buffer: Tensor, at: int) -> None:
-        view, done = memoryview(buffer.numpy().data), 0
+        # NOTE not buffer.numpy(): a storage that numpy has seen can never be resized again, and parameters that visit are
+        view, done = memoryview((ctypes.c_char * buffer.numel()).from_address(buffer.data_ptr())).cast("B"), 0
         with disk_errors(self.path, len(view)):
             while done < len(view):
                 moved = call(view[done:], at + done)
@@ -124,34 +140,44 @@ class File:
 class Engine:
     """Threads, their pool of buffers, and how many bytes they moved. speed: bytes/s of a slower disk that is played; 0 = this one's."""
 
-    def __init__(self, threads: int = 3, block: int = 2 << 20, speed: float = 0.0, device: torch.device | str = "cpu") -> None:
+    def __init__(self, threads: int = 4, block: int = 2 << 20, speed: float = 0.0, device: torch.device | str = "cpu") -> None:
         self.block, self.throttle = aligned(block), Throttle(speed)
         self.buffers = Buffers(threads, self.block, torch.device(device).type == "cuda")
         self.pool = ThreadPoolExecutor(threads, "disk")
         self.read_bytes = self.written_bytes = 0
         self.lock = threading.Lock()
 
-    def read(self, file: File, into: Tensor, at: int, check: Callable[[Tensor, int], None] = lambda pages, start: None) -> Future[None]:
-        """Begin to fill a flat uint8 tensor from byte `at` (a page) of a file on. check(pages, start) sees every
-        block, with the rest of its last page, before it is used."""
+    def read(self, file: File, into: Tensor, at: int, check: Callable[[int, list[int]], None] = lambda start, sums: None) -> Future[None]:
+        """Begin to fill a flat uint8 tensor from byte `at` (a page) of a file on. check(start, sums) gets the checksums of
+        what came, one for every BLOCK bytes from `start` on, before the future is done."""
 
         def one(start: int, part: Tensor) -> None:
+            if straight(part):
+                file.read(part, at + start)
+                check(start, sums(part, BLOCK))
+                return
             with self.buffers.taken() as buffer:
                 file.read(buffer[: aligned(part.numel())], at + start)
-                check(buffer[: aligned(part.numel())], start)
-                part.copy_(buffer[: part.numel()])
+                check(start, sums(buffer[: part.numel()], BLOCK, part))
 
         return self._each(one, into, reading=True)
 
-    def write(self, file: File, source: Tensor, at: int, note: Callable[[Tensor, int], None] = lambda pages, start: None) -> Future[None]:
-        """Begin to write a flat uint8 tensor from byte `at` (a page) on. note(pages, start) sees every
-        block; the rest of the last page is zeros."""
+    def write(self, file: File, source: Tensor, at: int, note: Callable[[int, list[int]], None] = lambda start, sums: None) -> Future[None]:
+        """Begin to write a flat uint8 tensor from byte `at` (a page) on. note(start, sums) gets the checksums, one for
+        every BLOCK bytes from `start` on, before the disk gets them; the rest of the last page is zeros."""
 
         def one(start: int, part: Tensor) -> None:
+            if straight(part):
+                note(start, sums(part, BLOCK))
+                file.write(part, at + start)
+                return
             with self.buffers.taken() as buffer:
-                buffer[: part.numel()].copy_(part)
+                if part.device.type == "cpu":
+                    note(start, sums(part, BLOCK, buffer[: part.numel()]))
+                else:
+                    buffer[: part.numel()].copy_(part)
+                    note(start, sums(buffer[: part.numel()], BLOCK))
                 buffer[part.numel() : aligned(part.numel())].zero_()
-                note(buffer[: aligned(part.numel())], start)
                 file.write(buffer[: aligned(part.numel())], at + start)
 
         return self._each(one, source, reading=False)

@@ -69,12 +69,15 @@ def train(job: Job, out: Path, show: Show) -> TrainResult:
             return TrainResult(**finished)
         loop = _Loop(job, run, show)
         loop.prepare(spec, source)
-        loop.resume()
-        result = loop.run_steps()
-        if not result.interrupted:
-            loop.export()
-            run.finish(asdict(result))
-        return result
+        try:
+            loop.resume()
+            result = loop.run_steps()
+            if not result.interrupted:
+                loop.export()
+                run.finish(asdict(result))
+            return result
+        finally:
+            loop.rig.close(loop.rig)
 
 
 def flat(job: Job) -> dict[str, str]:

@@ -4,7 +4,7 @@
     update     norm and clipping on the host, AdamW tile by tile in one pass (ops/adamw.py); while a tile's bf16 weights go up, the
                next tile is computed
     delayed    the update of step i runs beside the forward and backward pass of step i + 1, which computes with the weights of
-               step i - 1; its weights go up when that backward pass is done
+               step i - 1; a tensor's new weights go up as soon as that backward pass is done with the old ones: when its gradient is complete
 
 A link carries 2 bytes a parameter down a micro-batch and 2 up a step. Several micro-batches are summed in fp32 on the host.
 Every number's update depends on itself alone and sums have one order, so tiles, links and threads change no bit.
@@ -12,7 +12,7 @@ Every number's update depends on itself alone and sums have one order, so tiles,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -67,9 +67,13 @@ class HostAdamW:
         if several:
             self.sum()
         self.stages = [resting((min(tile, self.largest),), STORED, self.device) for _ in range(2)]
-        self.rounded = self.room(STORED) if delayed else {}  # weights that wait for the end of the backward pass
+        self.rounded = self.room(STORED) if delayed else {}  # weights that wait until the backward pass is done with the old ones
+        self.computed: set[str] = set()  # of those, the ones that are there
+        self.times: dict[str, int] = {}  # gradients of this step that came, by name
+        self.sent: dict[str, Future[None]] = {}  # weights on their way up beside the step
         self.leaving: tuple[str, torch.Tensor, Future[None]] | None = None
         self.pending: Pending | None = None
+        self.micros = 1
         self.worker = ThreadPoolExecutor(1, "update") if delayed else None
         self.working: Future[None] | None = None
 
@@ -100,6 +104,9 @@ class HostAdamW:
 
     def _leave(self, name: str, gradient: torch.Tensor) -> None:
         self.drain()
+        self.times[name] = self.times.get(name, 0) + 1
+        if self.working is not None:
+            self._send(n for n in self.computed - self.sent.keys() if self.times.get(n) == self.micros)
         if name in self.gradients.came and self.landing is None:
             self.sum()
         into = self.gradients.sums[name] if self.landing is None else self.landing[: gradient.numel()]
@@ -144,7 +151,7 @@ class HostAdamW:
         """Update now: a tile is computed while the one before goes up."""
         self.steps += 1
         moving: list[Future[None]] = []
-        for name, part in self._tiles(ready):
+        for name, part in self._tiles(ready, ready.gradients):
             if len(moving) >= 2:
                 moving[-2].result()
             stage = self.stages[len(moving) % 2][: part.stop - part.start]
@@ -153,8 +160,9 @@ class HostAdamW:
         for last in moving[-2:]:
             last.result()
 
-    def begin(self) -> None:
-        """Start the waiting update, if there is one, beside whatever comes next."""
+    def begin(self, micros: int) -> None:
+        """Start the waiting update, if there is one, beside a step of so many micro-batches: after as many gradients, nothing in it uses a weight."""
+        self.times, self.micros = {}, micros
         if self.pending is not None and self.working is None:
             assert self.worker is not None, "only a delayed update waits"
             self.working = self.worker.submit(self._beside, self.pending)
@@ -162,22 +170,30 @@ class HostAdamW:
     @torch.no_grad()
     def _beside(self, ready: Pending) -> None:
         self.steps += 1
-        for name, part in self._tiles(ready):
+        for name, part in self._tiles(ready, reversed(list(ready.gradients))):  # as the backward pass comes by
             self._tile(name, part, ready, self.rounded[name][part])
+            if part.stop == ready.gradients[name].numel():
+                self.computed.add(name)
+
+    def _send(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.sent[name] = self.up.copy(self.parameters[name].detach().view(-1), self.rounded[name])
 
     def receive(self) -> None:
-        """Wait for the update that was begun, and send its weights up."""
-        self.begin()
+        """Wait for the update that was begun, and send up what is not on its way yet."""
+        self.begin(self.micros)
         if self.working is None or self.pending is None:
             return
         self.working.result()
-        sent = [self.up.copy(self.parameters[n].detach().view(-1), self.rounded[n]) for n in self.pending.gradients]
-        for weights in sent:
+        self._send(self.computed - self.sent.keys())
+        for weights in self.sent.values():
             weights.result()
+        self.computed, self.sent = set(), {}
         self.pending = self.working = None
 
-    def _tiles(self, ready: Pending) -> Iterator[tuple[str, slice]]:
-        for name, gradient in ready.gradients.items():
+    def _tiles(self, ready: Pending, names: Iterable[str]) -> Iterator[tuple[str, slice]]:
+        for name in names:
+            gradient = ready.gradients[name]
             yield from ((name, slice(start, min(start + self.tile, gradient.numel()))) for start in range(0, gradient.numel(), self.tile))
 
     def _tile(self, name: str, part: slice, ready: Pending, into: torch.Tensor) -> None:

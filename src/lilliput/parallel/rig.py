@@ -71,6 +71,7 @@ class Rig:
     optimizer: Any = None  # parallel.optimizer.AdamW, or what `optimizing` makes in its place
     optimizing: Callable[..., Any] = lambda rig, **knobs: AdamW(rig.trainable(), seed=rig.seed, **knobs)  # makes the optimizer
     flush: Callable[[Rig], None] = lambda rig: None  # finishes what a step left for later; before weights are read for good
+    close: Callable[[Rig], None] = lambda rig: None  # ends threads and lets go of files; the rig is of no use after that
     tells: Mapping[str, Callable[[], float]] = field(default_factory=dict)  # name of a metric -> its number of the last step
     summon: Callable[[torch.Tensor], None] | None = None  # fills a parameter that rests in another tier, for the next operation
     visits: int = 0  # bytes of the device for such parameters

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from lilliput.base.seeds import key
+from lilliput.dist.engine import whole_pages
 from lilliput.dist.tiers import DiskTier, HostTier
 from lilliput.ops.adamw import Rule, update
 from lilliput.parallel.leaving import when_complete
@@ -44,7 +45,8 @@ class StreamedAdamW:
         dtype = next(iter(self.parameters.values())).dtype
         kinds = {"parameters": dtype, "gradients": dtype, "first": torch.float32, "second": torch.float32}
         held = lambda kind: largest if isinstance(tiers[kind], DiskTier) else 0
-        self.buffers = [{kind: torch.empty(held(kind), dtype=dtype) for kind, dtype in kinds.items()} for _ in range(ahead)]
+        room = lambda count, dtype: whole_pages(count * dtype.itemsize).view(dtype)[:count] if count else torch.empty(0, dtype=dtype)
+        self.buffers = [{kind: room(held(kind), dtype) for kind, dtype in kinds.items()} for _ in range(ahead)]
 
     def tile(self, name: str) -> int:
         """Numbers of a parameter's tiles."""
@@ -167,4 +169,11 @@ class StreamedAdamW:
                 tier.tensors[name].copy_(tensor)
         self.steps = steps
 
-
+    def close(self) -> None:
+        """Finish what is under way, end the threads and let go of the files."""
+        self.drain()
+        self.residents.clear()
+        for engine in {tier.arena.engine for tier in self.tiers.values() if isinstance(tier, DiskTier)}:
+            engine.close()
+        for tier in self.tiers.values():
+            tier.close()

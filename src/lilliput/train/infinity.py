@@ -197,7 +197,7 @@ class Infinity(Section):
             tiles = [f"{path}.tiles.{number}.{leaf}" for number in range(self.tiles)]
             return torch.cat([residents.value(n) for n in tiles]) if tiles[0] in residents.parameters else residents.value(name)
 
-        return replace(rig, update=update, weight=value, keeper=rig.optimizer)
+        return replace(rig, update=update, weight=value, keeper=rig.optimizer, close=lambda rig: rig.optimizer.close())
 
 
 def update(rig: Rig, learning_rate: float) -> float:

@@ -5,7 +5,8 @@ gradients down, weights up, both bf16) and frees the most (2 bytes a parameter s
 Gradients leave one by one while the backward pass goes on; the host's AdamW goes tile by tile, and weights go back while the next
 tile is computed (parallel/offloaded.py). The numbers are those of the same mixed precision kept in one memory, bit for bit.
 delay = N: from step N on the update of step i runs beside step i + 1, which still computes with the weights of step i - 1. It
-hides the host's update; the first steps, where gradients change fast, should not have it (the paper: N = 40).
+hides the host's update, and new weights go up while the backward pass moves on from the old ones, so it hides most of the link
+too; the first steps, where gradients change fast, should not have it (the paper: N = 40).
 Cost: the link's time, and 16 bytes a parameter of the host's memory (20 with a delay). CPUs compute in fp32 (a bf16 weight is
 widened for its product), and there device and host are the same memory: it saves bytes only of a device that is a budget.
 Master weights are what the run writes into model/. Skip it when the optimizer fits beside the weights.
@@ -112,11 +113,12 @@ class Offload(Section):
             return objective(model, micro)
 
         def beside(rig: Rig, batch: Any, weight: int) -> Tensor:
-            host.begin()
+            host.begin(len(batch))
             return schedule(rig, batch, weight)
 
         masters = lambda rig, name: host.masters[name] if name in host.masters else weight(rig, name)
-        return replace(rig, objective=drained, schedule=beside, update=self.update, flush=lambda rig: host.receive(), weight=masters)
+        receive, close = (lambda rig: host.receive()), (lambda rig: host.close())
+        return replace(rig, objective=drained, schedule=beside, update=self.update, flush=receive, close=close, weight=masters)
 
     def update(self, rig: Rig, learning_rate: float) -> float:
         """Clip by the norm of this step's gradients and update, or leave it for the next step; returns the norm before clipping."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lilliput.base.errors import UserError
 from lilliput.base.show import size
-from lilliput.dist.arena import BLOCK, Arena
-from lilliput.dist.engine import Engine
+from lilliput.dist.arena import Arena
+from lilliput.dist.engine import BLOCK, Engine
 
 THREADS = 2
 
