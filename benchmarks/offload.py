@@ -152,9 +152,15 @@ def delayed(show: Any, model: str, tokens: int, link: str, tile: int) -> None:
 
     for name in rigs:
         step(name)
-    one, host = rigs["after the step"], rigs["after the step"].optimizer
-    alone = timed(lambda: (one.schedule(one, batch, tokens), host.norm(), host.zero_grad()))
-    found = interleaved({name: timed(lambda name=name: step(name)) for name in rigs} | {"forward and backward alone": alone})
+    one, sums = rigs["after the step"], rigs["after the step"].optimizer
+    alone = timed(lambda: (one.schedule(one, batch, tokens), sums.norm(), sums.zero_grad()))
+    found = interleaved({name: timed(lambda name=name: step(name)) for name in rigs} | {"forward, backward, gradients down and their norm": alone})
+    host, parts = rigs["beside the next step"].optimizer, {"update alone": [], "weights up alone": []}
+    for _ in range(ROUNDS):
+        step("beside the next step")
+        parts["update alone"].append(timed(lambda: (host.begin(1), host.working.result()))())
+        parts["weights up alone"].append(timed(host.receive)())
+    found |= {name: statistics.median(times) for name, times in parts.items()}
     plain = found["after the step"]
     rows = [{"update": name, "seconds a step": f"{t:.3f}", "share": f"{t / plain:.2f}"} for name, t in found.items()]
     where = f"{model}, {tokens} tokens, link {link or 'as fast as it goes'}, one thread each, median of {ROUNDS}, load {os.getloadavg()[0]:.1f}"
