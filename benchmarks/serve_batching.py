@@ -2,9 +2,10 @@
 
     make bench X=serve_batching ARGS="--trace ../shared/data/traces/AzureLLMInferenceTrace_conv.csv"
 
-Static batching is the scheduler's own baseline: requests are admitted only when the batch before has ended. Both servers live at the same time and are
-loaded in turn. Time per token of a request = from its arrival to its last token, divided by its tokens (vLLM's normalised latency, section 6.1):
-waiting for admission counts. Arrivals and lengths are the trace's, arrivals `speed` times closer, lengths cut to --longest.
+Static batching is the scheduler's own baseline: requests are admitted only when the batch before has ended, and all that wait then are (its steps
+take --static-tokens, so that no batch is cut short). Both servers live at the same time and are loaded in turn; each replay has prompts of its own, so
+that no cache of prefixes helps either. Time per token of a request = from its arrival to its last token, divided by its tokens (vLLM's normalised
+latency, section 6.1): waiting for admission counts. Arrivals and lengths are the trace's, arrivals `speed` times closer, lengths cut to --longest.
 `--server MODEL` is the static server itself.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,10 @@ def static_server(words: list[str]) -> None:
     http.serve(http.application(house), house.first.options, house.stop, lambda port: Show(json=True).data({"url": f"http://127.0.0.1:{port}"}))
 
 
-def measure(target: Target, trace: Path, count: int, speed: float, longest: int) -> dict[str, Any]:
-    """One replay."""
-    results, seconds = asyncio.run(opened(target, read_trace(trace, count, speed, longest)))
+def measure(target: Target, trace: Path, count: int, speed: float, longest: int, number: int) -> dict[str, Any]:
+    """One replay; `number`: which."""
+    asks = [replace(ask, seed=ask.seed + 100_000 * (number + 1)) for ask in read_trace(trace, count, speed, longest)]
+    results, seconds = asyncio.run(opened(target, asks))
     good = [result for result in results if not result.fault]
     each = sorted(1000 * result.last / result.tokens for result in good)
     at = lambda share: round(each[min(len(each) - 1, int(share * len(each)))], 1)
@@ -66,23 +69,25 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--longest", type=int, default=256)
-    parser.add_argument("--speeds", type=float, nargs="+", default=[0.5, 1, 2, 4, 8])
+    parser.add_argument("--speeds", type=float, nargs="+", default=[0.5, 0.8, 1.2, 1.6, 2.2, 3])
+    parser.add_argument("--static-tokens", type=int, default=8192, help="tokens of a step of the static server")
     arguments, overrides = parser.parse_known_args()
     if arguments.server:
         static_server(arguments.server + overrides)
         return 0
     show, rows = Show(), []
     servers = {
-        "static": start(arguments.model, overrides, [sys.executable, str(Path(__file__).resolve()), "--server"]),
+        "static": start(arguments.model, [f"serve.max_batch_tokens={arguments.static_tokens}", *overrides],
+                        [sys.executable, str(Path(__file__).resolve()), "--server"]),
         "continuous": start(arguments.model, [*overrides]),
-    }
+    }  # fmt: skip
     try:
         targets = {side: Target(url, arguments.model, "", process.pid) for side, (process, url, _) in servers.items()}
         for target in targets.values():
             asyncio.run(send(target, Ask(0, 64, 8, 7)))
-        for speed in arguments.speeds:
+        for number, speed in enumerate(arguments.speeds):
             for side, target in targets.items():
-                rows.append({"speed": speed, "batching": side, **measure(target, arguments.trace, arguments.requests, speed, arguments.longest)})
+                rows.append({"speed": speed, "batching": side, **measure(target, arguments.trace, arguments.requests, speed, arguments.longest, number)})
                 show.line(str(rows[-1]))
     finally:
         stop([process for process, _, _ in servers.values()])

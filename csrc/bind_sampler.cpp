@@ -1,6 +1,8 @@
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -15,11 +17,15 @@ using Numbers = std::vector<double>;  // temperature, top_k, top_p, min_p, repet
 using Ids = std::vector<int32_t>;
 
 // One row's request: its numbers, the seen ids and how often in the answer, biased ids and biases, the address of its mask (0: none).
-using Asked = std::tuple<Numbers, Ids, Ids, Ids, std::vector<float>, Address>;
+// None: the largest logit.
+using Asked = std::optional<std::tuple<Numbers, Ids, Ids, Ids, std::vector<float>, Address>>;
 
 nb::object choose(Address logits, long stride, int vocab, const std::vector<Asked>& asked, int top_count, Address top_ids, Address top_logprobs) {
   std::vector<SampleRow> how;
-  for (const auto& [n, seen, times, bias_ids, bias, mask] : asked) {
+  how.reserve(asked.size());
+  for (const Asked& one : asked) {
+    if (!one) { how.push_back({0, 1, 0, 1, 0, 0, 0, 0, 0, 0, nullptr, nullptr, nullptr, nullptr, nullptr}); continue; }
+    const auto& [n, seen, times, bias_ids, bias, mask] = *one;
     if (n.size() != 8 || seen.size() != times.size()
         || bias_ids.size() != bias.size()) throw nb::value_error("a request is 8 numbers and lists of equal length");
     for (const Ids* ids : {&seen, &bias_ids})

@@ -1,6 +1,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
 #include "bind.h"
 #include "step.h"
 
@@ -33,8 +35,9 @@ struct Hook {
   }
 };
 
+// Layers [first, last), then the logits of `count` rows. x: null where nobody wants the hidden states.
 void forward(Plan& plan, Address tokens, Address x, Address positions, int rows, int sequences, Address cu_q, Address lengths, Address tables,
-             int table_stride, int first, int last, Address mass, int mass_stride, nb::object reduce,
+             int table_stride, int first, int last, Address sampled, int count, Address logits, Address mass, int mass_stride, nb::object reduce,
              const std::vector<std::tuple<int, int, const Adapter*>>& adapted) {
   const PagedBatch paged{sequences, at<int32_t>(cu_q), at<int32_t>(lengths), at<int32_t>(tables), table_stride};
   std::vector<Adapted> segments;
@@ -43,7 +46,10 @@ void forward(Plan& plan, Address tokens, Address x, Address positions, int rows,
   Hook hook{reduce, nb::object()};
   {
     nb::gil_scoped_release released;
-    plan.forward(batch, at<int32_t>(tokens), at<float>(x), first, last, reduce.is_none() ? nullptr : Hook::reduce, &hook);
+    if (!x) plan.scratch.hidden.resize(std::max(plan.scratch.hidden.size(), size_t(rows) * size_t(plan.dim)));
+    float* hidden = x ? at<float>(x) : plan.scratch.hidden.data();
+    plan.forward(batch, at<int32_t>(tokens), hidden, first, last, reduce.is_none() ? nullptr : Hook::reduce, &hook);
+    plan.logits(hidden, at<int32_t>(sampled), count, at<float>(logits));
   }
   if (hook.error.is_valid()) {
     PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(hook.error.ptr())), hook.error.ptr());
@@ -95,8 +101,6 @@ void bind_step(nb::module_& m) {
       })
       .def("cache", [](Plan& p, int layer, const KvCache& cache) { p.layers.at(size_t(layer)).cache = cache; })
       .def("forward", &forward, nb::arg("tokens"), nb::arg("x"), nb::arg("positions"), nb::arg("rows"), nb::arg("sequences"), nb::arg("cu_q"),
-           nb::arg("lengths"), nb::arg("tables"), nb::arg("table_stride"), nb::arg("first"), nb::arg("last"), nb::arg("mass"), nb::arg("mass_stride"),
-           nb::arg("reduce").none(), nb::arg("adapted"))
-      .def("logits", [](Plan& p, Address x, Address sampled, int count, Address out) { p.logits(at<float>(x), at<int32_t>(sampled), count, at<float>(out)); },
-           Released());
+           nb::arg("lengths"), nb::arg("tables"), nb::arg("table_stride"), nb::arg("first"), nb::arg("last"), nb::arg("sampled"), nb::arg("count"),
+           nb::arg("logits"), nb::arg("mass"), nb::arg("mass_stride"), nb::arg("reduce").none(), nb::arg("adapted"));
 }

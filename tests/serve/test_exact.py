@@ -98,7 +98,7 @@ class Recorder:
         self.rows: dict[tuple[int, int], torch.Tensor] = {}
 
     def forward(self, chunks: Sequence[Chunk], mass: object = None) -> torch.Tensor:
-        logits = self.runner.forward(chunks)
+        logits = self.runner.forward(chunks).clone()
         wanted = [(chunk.id, position) for chunk in chunks for position in range(chunk.stop - chunk.wants, chunk.stop)]
         self.rows |= dict(zip(wanted, logits))
         return logits

@@ -28,7 +28,7 @@ from lilliput.ops import codecs, float_codecs
 from lilliput.ops.low_rank import LowRank, Pair
 from lilliput.ops.paged import KvStore
 from lilliput.ops.panels import PackedWeight
-from lilliput.ops.step import LAYER_SLOTS, POST, PRE, Adapted, StepPlan, decoder_step
+from lilliput.ops.step import LAYER_SLOTS, POST, PRE, StepPlan, decoder_step
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +42,7 @@ READ_AS_STORED = ("Q4_0", "Q4_1", "Q8_0")
 
 
 class NativeDecoder:
-    """A lowered decoder that answers as `Decoder` does: `hidden` then `head`, and `step` for the serving runner."""
+    """A lowered decoder that answers as `Decoder` does: `hidden` then `head`. The serving runner drives its `plan`."""
 
     def __init__(self, spec: DecoderSpec, read: Read, blocks: Blocks | None = None, weights: Weights = "file", context: int | None = None,
                  kv: str = "fp32", rotate_on_read: bool = False, sinks: int = 0) -> None:  # fmt: skip
@@ -59,14 +59,6 @@ class NativeDecoder:
     def bytes(self) -> int:
         """Bytes of the packed matrices."""
         return sum(self.stored.values())
-
-    def step(
-        self, tokens_R: Tensor, positions_R: Tensor, cu_q: Tensor, lengths: Tensor, tables: Tensor, sampled_N: Tensor, layers: int | None = None,
-        mass: Tensor | None = None, adapted: Adapted = (),
-    ) -> Tensor:
-        """Logits [N, vocab] of the sampled rows, after the first `layers` layers (None: all); see ops.step.decoder_step. The plan has its cache."""
-        return decoder_step(self.plan, tokens_R, None, positions_R=positions_R, cu_q=cu_q, lengths=lengths, tables=tables, sampled_N=sampled_N,
-                            layers=(0, self.spec.layers if layers is None else layers), mass=mass, adapted=adapted)[1]  # fmt: skip
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """What `head` reads, [B, T, C]: rows from position 0, each attending to those before it. Runs on a cache of its own."""

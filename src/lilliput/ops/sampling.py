@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,8 +48,10 @@ class Draw:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
-@dataclass(frozen=True)
-class Choice:
+GREEDY = Draw()
+
+
+class Choice(NamedTuple):
     """A sampled token, its log probability under the raw logits, log sum exp of those, and the likeliest tokens where asked for."""
 
     token: int
@@ -70,17 +73,21 @@ def choose_rows(logits_NV: Tensor, draws: Sequence[Draw], top: int = 0) -> list[
     """One token a row. top: how many of the likeliest tokens to name. token -1 where the logits are not finite or the mask forbids all."""
     if supports(logits_NV) is not None:
         return [_choose_row(logits_V, draw, top) for logits_V, draw in zip(logits_NV, draws)]
-    count, vocab = logits_NV.shape
-    ids, logprobs = torch.empty(count, top, dtype=torch.int32), torch.empty(count, top, dtype=torch.float64)
-    asked = []
-    for draw in draws:
-        numbers = [draw.temperature, draw.top_k, draw.top_p, draw.min_p, draw.repetition_penalty, draw.presence_penalty, draw.frequency_penalty, draw.u]
-        times = draw.seen if draw.penalised else {}
-        mask = 0 if draw.mask_W is None else draw.mask_W.data_ptr()
-        asked.append((numbers, list(times), list(times.values()), list(draw.bias), list(draw.bias.values()), mask))
-    found = native.module().choose(logits_NV.data_ptr(), logits_NV.stride(0), vocab, asked, top, ids.data_ptr(), logprobs.data_ptr())
-    tops = [tuple(zip(i, p)) for i, p in zip(ids.tolist(), logprobs.tolist())] if top else [()] * count
-    return [Choice(token, logprob, total, best) for (token, logprob, total), best in zip(found, tops)]
+    choose, at, stride, vocab = native.module().choose, logits_NV.data_ptr(), logits_NV.stride(0), logits_NV.shape[1]
+    asked = [None if draw is GREEDY else _asked(draw) for draw in draws]
+    if not top:
+        return [Choice(*found) for found in choose(at, stride, vocab, asked, 0, 0, 0)]
+    ids, logprobs = torch.empty(len(asked), top, dtype=torch.int32), torch.empty(len(asked), top, dtype=torch.float64)
+    chosen = choose(at, stride, vocab, asked, top, ids.data_ptr(), logprobs.data_ptr())
+    tops = zip(ids.tolist(), logprobs.tolist())
+    return [Choice(token, logprob, total, tuple(zip(i, p))) for (token, logprob, total), (i, p) in zip(chosen, tops)]
+
+
+def _asked(draw: Draw) -> tuple[list[float], list[int], list[int], list[int], list[float], int]:
+    """A row's request as the extension takes it (csrc/bind_sampler.cpp)."""
+    numbers = [draw.temperature, draw.top_k, draw.top_p, draw.min_p, draw.repetition_penalty, draw.presence_penalty, draw.frequency_penalty, draw.u]
+    times, mask = draw.seen if draw.penalised else {}, 0 if draw.mask_W is None else draw.mask_W.data_ptr()
+    return numbers, list(times), list(times.values()), list(draw.bias), list(draw.bias.values()), mask
 
 
 def _choose_row(logits_V: Tensor, draw: Draw, top: int) -> Choice:

@@ -16,6 +16,7 @@ Aminabadi et al. 2022, arXiv 2207.00032, section III.
 from __future__ import annotations
 
 import weakref
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -108,6 +109,32 @@ class StepPlan:
         for layer in range(self.layers):
             self._native.cache(layer, store.layer(layer))
 
+    def step(self, numbers: array[int], rows: int, sequences: int, logits_NV: Tensor, layers: int, mass: Tensor | None = None, adapted: Adapted = ()) -> None:
+        """`decoder_step` from tokens to logits without a trip through the dispatcher or a tensor for each list: for who runs step after step.
+
+        numbers: tokens [rows], positions [rows], cu_q [sequences + 1], lengths [sequences], sampled [N] and tables [sequences, blocks], one
+        behind the other. logits_NV: contiguous fp32, written. layers: so many of the first.
+        """
+        sampled = logits_NV.shape[0]
+        blocks, rest = divmod(len(numbers) - 2 * rows - 2 * sequences - 1 - sampled, sequences)
+        assert rest == 0 and blocks > 0 and numbers.itemsize == 4, f"{len(numbers)} numbers are no step of {rows} rows of {sequences} sequences"
+        tokens, _ = numbers.buffer_info()
+        positions = tokens + 4 * rows
+        cu_q = positions + 4 * rows
+        lengths = cu_q + 4 * (sequences + 1)
+        asked = lengths + 4 * sequences
+        into = (0, 0) if mass is None else self._mass(mass, sequences, max(numbers[2 * rows + sequences + 1 :][:sequences]))
+        self._native.forward(tokens, 0, positions, rows, sequences, cu_q, lengths, asked + 4 * sampled, blocks, 0, layers, asked, sampled, logits_NV.data_ptr(),
+                             *into, None, [(a, b, whose.native()) for a, b, whose in adapted] if adapted else ())  # fmt: skip
+
+    def _mass(self, mass: Tensor, sequences: int, longest: int) -> tuple[int, int]:
+        """Address and stride of what attention adds to."""
+        assert mass.shape[:3] == (self.layers, sequences, self.kv_heads) and mass.is_contiguous() and mass.dtype == torch.float32, (
+            f"mass must be fp32 [{self.layers}, {sequences}, {self.kv_heads}, longest]"
+        )
+        assert mass.shape[3] >= longest, "mass has room for fewer keys than the longest sequence has"
+        return mass.data_ptr(), mass.shape[3]
+
     def _weight(self, weight: PackedWeight) -> Any:
         self._held.append(weight)
         return weight.native
@@ -133,16 +160,12 @@ def _run(plan: int, tokens: Tensor | None, hidden: Tensor, positions: Tensor, cu
     assert tables.shape[0] == sequences and cu_q.shape[0] == sequences + 1 and positions.shape[0] == rows, "one table and one length a sequence"
     for name, tensor in (("positions", positions), ("cu_q", cu_q), ("lengths", lengths), ("tables", tables), ("sampled", sampled)):
         _int32(tensor, name)
-    assert mass is None or (mass.shape[:3] == (owner.layers, sequences, owner.kv_heads) and mass.is_contiguous() and mass.dtype == torch.float32), (
-        f"mass must be fp32 [{owner.layers}, {sequences}, {owner.kv_heads}, longest]"
-    )
-    assert mass is None or sequences == 0 or mass.shape[3] >= int(lengths.max()), "mass has room for fewer keys than the longest sequence has"
-    into = (0, 0) if mass is None else (mass.data_ptr(), mass.shape[3])
+    into = (0, 0) if mass is None else owner._mass(mass, sequences, int(lengths.max()) if sequences else 0)
     start = 0 if tokens is None else _int32(tokens, "tokens").data_ptr()
-    owner._native.forward(start, hidden.data_ptr(), positions.data_ptr(), rows, sequences, cu_q.data_ptr(), lengths.data_ptr(), tables.data_ptr(),
-                          tables.shape[1], first, last, *into, reduce, [(a, b, whose.native()) for a, b, whose in adapted])  # fmt: skip
     logits = hidden.new_empty(sampled.shape[0], owner.vocab)
-    owner._native.logits(hidden.data_ptr(), sampled.data_ptr(), sampled.shape[0], logits.data_ptr())
+    owner._native.forward(start, hidden.data_ptr(), positions.data_ptr(), rows, sequences, cu_q.data_ptr(), lengths.data_ptr(), tables.data_ptr(),
+                          tables.shape[1], first, last, sampled.data_ptr(), sampled.shape[0], logits.data_ptr(), *into, reduce,
+                          [(a, b, whose.native()) for a, b, whose in adapted])  # fmt: skip
     return logits
 
 

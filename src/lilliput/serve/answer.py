@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from lilliput.data.tokenizer import TextStream, Tokenizer
     from lilliput.serve.adapters import Adapter
 
-PLAIN = ops.Draw()  # greedy, nothing else
-
 
 class StopText:
     """Finds stop strings in text that comes in pieces; holds back what may be the start of one."""
@@ -126,7 +124,7 @@ class Answer:
         """How the token at a position is drawn: the random number is of (seed, position). Raises what the guide raises."""
         request, how = self.request, self.request.sampling
         if not request.changes:
-            return PLAIN
+            return ops.GREEDY
         mask = None
         if how.guide is not None:
             self._guide = self._guide or how.guide()

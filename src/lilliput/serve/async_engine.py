@@ -42,7 +42,6 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._readers: dict[int, asyncio.Queue[Delta]] = {}  # touched by the loop alone
         self._quiet: asyncio.Event | None = None  # set while no stream is open
-        self._stats = engine.stats()
 
     def start(self) -> None:
         """Start the thread; call it within the event loop whose coroutines will read."""
@@ -75,8 +74,8 @@ class AsyncEngine:
         return self._ending
 
     def stats(self) -> Stats:
-        """What the engine held and had done after its last step, or its last change."""
-        return self._stats
+        """What the engine holds and has done, now. Between what a step counts one by one it may be a sequence off; nobody waits for the step."""
+        return self.engine.stats()
 
     async def stream(self, prompt_ids: Sequence[int], sampling: Sampling | Beam | None = None) -> AsyncIterator[Delta]:
         """The deltas of one request, all its answers, as they come. UserError at once for a request that can never run, or while stopping.
@@ -152,7 +151,6 @@ class AsyncEngine:
             except Exception as fault:  # what the step's answers share broke; those that wait have not been touched
                 engine.fail(f"the step broke off: {type(fault).__name__}: {fault}")
                 deltas = []
-            self._stats = engine.stats()
             if deltas and self._loop is not None:
                 with suppress(RuntimeError):  # the loop was closed with streams open: nobody reads them
                     self._loop.call_soon_threadsafe(self._hand_out, deltas)

@@ -21,7 +21,7 @@ of the call). Kwon et al. 2023, "Efficient Memory Management for Large Language 
 from __future__ import annotations
 
 from array import array
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from heapq import heappop, heappush
@@ -101,13 +101,15 @@ class BlockPool:
 
     def needs(self, writes: Iterable[tuple[Table, int]]) -> int:
         """Blocks that must be free before these tables can grow to so many tokens each, copies on write included."""
-        new, shared = 0, Counter[int]()
+        new = 0
+        shared: dict[int, int] = {}  # block -> tables that write to it
         for table, stop in writes:
-            new += max(0, blocks_for(stop) - len(table.blocks))
-            first = table.length // BLOCK
-            if stop > table.length and first < len(table.blocks) and self.refs[table.blocks[first]] > 1:
-                shared[table.blocks[first]] += 1
-        return new + sum(min(writers, self.refs[block] - 1) for block, writers in shared.items())
+            held, first = len(table.blocks), table.length // BLOCK
+            if stop > held * BLOCK:
+                new += blocks_for(stop) - held
+            if stop > table.length and first < held and self.refs[block := table.blocks[first]] > 1:
+                shared[block] = shared.get(block, 0) + 1
+        return new + (sum(min(writers, self.refs[block] - 1) for block, writers in shared.items()) if shared else 0)
 
     def grow(self, table: Table, stop: int) -> Pairs:
         """Make room for the tokens length..stop-1, in blocks that this table alone holds; what to copy before they are written."""

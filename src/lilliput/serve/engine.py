@@ -278,7 +278,7 @@ class Engine:
                 rows.append(row - 1)
                 drawn.append(answer.id)
                 top = max(top, request.sampling.logprobs or 0 if request.search is None else request.search.candidates)
-        picked = logits_NV if len(rows) == len(logits_NV) else logits_NV[rows]
+        picked = logits_NV if len(rows) == row else logits_NV[rows]
         for id, choice in zip(drawn, ops.choose_rows(picked, draws, min(top, vocab)) if draws else ()):
             found = choices.setdefault(id, [])
             if choice.token >= 0:
@@ -301,7 +301,8 @@ class Engine:
             return 0 if found is None or request.search is None else self._widen(request, request.search, chunk.id, found[0], deltas)
         if not first.tokens:
             request.cached = self.scheduler.find(chunk.id).group.cached
-        right = matched(chunk.ids[len(chunk.ids) - chunk.draft :], [choice.token if isinstance(choice, ops.Choice) else -1 for choice in found])
+        guesses = chunk.ids[len(chunk.ids) - chunk.draft :] if chunk.draft else ()
+        right = matched(guesses, [choice.token if isinstance(choice, ops.Choice) else -1 for choice in found]) if guesses else 0
         said: list[Delta] = []
         for choice in found[: right + 1]:
             said.append(self._append(first, choice))

@@ -107,7 +107,7 @@ class Scored:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Delta:
     """One step of one answer. `token` and `logprob` are None where it ended without one: cancelled, or an error."""
 

@@ -21,7 +21,7 @@ from array import array
 from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lilliput.serve.blocks import BLOCK, BlockPool, Pairs, Table, blocks_for
 
@@ -74,8 +74,7 @@ class Group:
         return [seq.table for seq in self.seqs]
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Places start..stop-1 of the cache of one sequence in one step. `samples`: its last known row gives the next token."""
 
     id: int
@@ -161,14 +160,14 @@ class Scheduler:
         before = sum(self.preempted.values())
         self._make_way()
         shares, budget = self._shares()
-        if self._drop_drafts(shares):
+        roomy = self._room(self.running, shares)
+        if not roomy and self._drop_drafts():
             shares, budget = self._shares()
         chunks: list[Chunk] = []
         at = 0
         while at < len(self.running):
             group = self.running[at]
-            writes = [(seq.table, self._goal(seq, shares[seq.id])) for seq in group.seqs if seq.id in shares]
-            while at < len(self.running) and self.pool.needs(writes) > self.pool.free_count:
+            while at < len(self.running) and not roomy and not self._room([group], shares):
                 self._preempt(self.running[-1])  # never one that has grown in this step: those come before
             if at < len(self.running):
                 self._grow(group, shares, chunks)
@@ -244,15 +243,17 @@ class Scheduler:
                 budget -= count
         return shares, budget
 
-    def _drop_drafts(self, shares: dict[int, int]) -> bool:
-        """Whether guesses were given up because blocks are short: nobody is preempted for them."""
+    def _room(self, groups: Sequence[Group], shares: dict[int, int]) -> bool:
+        """Whether there are blocks for what these groups write."""
+        writes = [(seq.table, self._goal(seq, shares[seq.id])) for group in groups for seq in group.seqs if seq.id in shares]
+        return self.pool.needs(writes) <= self.pool.free_count
+
+    def _drop_drafts(self) -> bool:
+        """Give up all guesses, since blocks are short: nobody is preempted for them. Whether there were any."""
         guessed = [seq for group in self.running for seq in group.seqs if seq.draft]
-        writes = [(seq.table, self._goal(seq, shares[seq.id])) for group in self.running for seq in group.seqs if guessed and seq.id in shares]
-        if not guessed or self.pool.needs(writes) <= self.pool.free_count:
-            return False
         for seq in guessed:
             seq.draft = []
-        return True
+        return bool(guessed)
 
     def _part(self, seq: Seq, budget: int) -> int:
         """Tokens of a prompt in one step."""

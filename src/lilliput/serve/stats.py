@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Counts:
     accepted: int = 0
     drafts: int = 0
     accepted_at: tuple[int, ...] = ()
-    step_tokens: tuple[int, ...] = (0,) * (len(STEP_TOKENS) + 1)
+    step_tokens: list[int] = field(default_factory=lambda: [0] * (len(STEP_TOKENS) + 1))
     computed: int = 0
 
     def step(self, chunks: Sequence[Chunk], new: Sequence[int], seconds: float) -> None:
@@ -68,20 +68,24 @@ class Counts:
         self.steps += 1
         self.step_seconds += seconds
         self.last_step_seconds = seconds
-        self.drafted += sum(chunk.draft for chunk in chunks)
-        self.accepted += sum(count - 1 for chunk, count in zip(chunks, new) if chunk.draft and count)
-        self.prompt += sum(chunk.prompt for chunk in chunks)
-        rows = sum(len(chunk.ids) for chunk in chunks)
+        rows, guessed = 0, []
+        for chunk, count in zip(chunks, new):
+            rows += chunk.stop - chunk.start
+            self.prompt += chunk.prompt
+            if chunk.draft:
+                self.drafted += chunk.draft
+                if count:
+                    guessed.append(count - 1)
         self.computed += rows
-        kind = bisect_left(STEP_TOKENS, rows)
-        self.step_tokens = tuple(count + (at == kind) for at, count in enumerate(self.step_tokens))
-        guessed = [count - 1 for chunk, count in zip(chunks, new) if chunk.draft and count]
-        self.drafts += len(guessed)
+        self.step_tokens[bisect_left(STEP_TOKENS, rows)] += 1
         if guessed:
+            self.drafts += len(guessed)
+            self.accepted += sum(guessed)
             longest = max(len(self.accepted_at), *guessed)
             old = self.accepted_at + (0,) * (longest - len(self.accepted_at))
             self.accepted_at = tuple(count + sum(right > at for right in guessed) for at, count in enumerate(old))
 
     def snapshot(self, running: int, waiting: int, blocks_used: int, blocks_total: int, adapters: Sequence[tuple[str, ...]] = ((), ())) -> Stats:
         """These counters beside what the engine holds now; `adapters`: of running and of waiting sequences."""
-        return Stats(running, waiting, blocks_used, blocks_total, **asdict(self), running_adapters=adapters[0], waiting_adapters=adapters[1])
+        counts = vars(self) | {"step_tokens": tuple(self.step_tokens)}
+        return Stats(running, waiting, blocks_used, blocks_total, **counts, running_adapters=adapters[0], waiting_adapters=adapters[1])

@@ -13,7 +13,6 @@ Leviathan et al. 2023, arXiv 2211.17192, section 2.1; Zhang et al. 2024, arXiv 2
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lilliput.base.errors import UserError
@@ -76,7 +75,7 @@ class ByModel:
         position, token = self._last.pop(chunk.id, (-2, 0))
         if self.own and position == start - 1:
             ids, start = [token, *ids], position
-        return replace(chunk, start=start, stop=chunk.stop - chunk.draft, ids=ids, wants=min(1, chunk.draft), draft=0, adapter=self._adapter(chunk))
+        return chunk._replace(start=start, stop=chunk.stop - chunk.draft, ids=ids, wants=min(1, chunk.draft), draft=0, adapter=self._adapter(chunk))
 
     def _adapter(self, chunk: Chunk) -> Adapter | None:
         """Another model has none of this one's adapters: it guesses as if there were none."""
@@ -85,7 +84,7 @@ class ByModel:
     def _one(self, chunk: Chunk, step: int) -> Chunk:
         """The guess before guess `step`, alone."""
         at = len(chunk.ids) - chunk.draft + step - 1
-        return replace(chunk, start=chunk.start + at, stop=chunk.start + at + 1, ids=[chunk.ids[at]], wants=1, draft=0,
+        return chunk._replace(start=chunk.start + at, stop=chunk.start + at + 1, ids=[chunk.ids[at]], wants=1, draft=0,
                        adapter=self._adapter(chunk))  # fmt: skip
 
     @staticmethod

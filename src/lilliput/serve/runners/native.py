@@ -1,13 +1,14 @@
 """Native runner: one native call a step over a paged cache. The rows of all sequences are packed; nothing is padded or gathered.
 
 A row's logits are bit-equal whoever shares the batch and however prompts are cut into chunks (ops/packed.py and ops/paged.py
-say how), so the same request gives the same answer alone and in a crowd. Python's share of a step is a handful of small tensors.
+say how), so the same request gives the same answer alone and in a crowd. Python's share of a step is one array of numbers: between two steps
+the weights push its code out of the caches, so what counts is how little of it there is.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from lilliput.serve.blocks import BLOCK
 from lilliput.serve.runners.mover import NO_SWAP, Mover, Swap
 from lilliput.serve.scheduler import Chunk
 
+KEPT = 64  # rows of logits in memory that is used again; untouched pages cost nothing
+
 
 class Native:
     """A lowered model and its cache of `blocks` blocks, stored as `kv`."""
@@ -30,6 +33,7 @@ class Native:
         self.model = model
         self.store = KvStore(layers=spec.layers, blocks=blocks, kv_heads=spec.kv_heads, head_dim=spec.head_dim, codec=kv, block=BLOCK)
         model.plan.cache(self.store)
+        self._logits, self._views = torch.empty(KEPT, spec.vocab), dict[int, Tensor]()
         self.move = Mover(self.store.by_block(), swap).move
 
     @property
@@ -50,34 +54,44 @@ class Native:
         return lower_adapter(self.model.spec, pairs)
 
     def forward(self, chunks: Sequence[Chunk], mass: Tensor | None = None) -> Tensor:
-        """Logits fp32 [rows that chunks want, vocab], in order. Writes the new keys and values; mass: ops.step.decoder_step."""
+        """Logits fp32 [rows that chunks want, vocab], in order, until the next call. Writes the new keys and values; mass: ops.step.decoder_step."""
         return self.partly(chunks, self.model.spec.layers, mass)
 
     def shift(self, table: Sequence[int], source: Tensor, target: Tensor) -> None:
         """Copy keys and values of a sequence from places to places: [M], or [layers, kv_heads, M]. All are read before one is written."""
         self.store.shift(torch.tensor(table), source, target)
 
-    @torch.inference_mode()
     def partly(self, chunks: Sequence[Chunk], layers: int, mass: Tensor | None = None) -> Tensor:
         """The same with the first `layers` layers and the head."""
-        if self.model.plan.store is not self.store:  # NativeDecoder.hidden, or another engine, has put its own there
-            self.model.plan.cache(self.store)
-        absolute = not self.model.plan.on_read
-        ends = list(accumulate(chunk.stop - chunk.start for chunk in chunks))
-        widest = 4 * max(len(chunk.table) for chunk in chunks)
-        tables = bytearray().join(chunk.table.tobytes().ljust(widest, b"\0") for chunk in chunks)
-        return self.model.step(
-            _int32([token for chunk in chunks for token in chunk.ids]),
-            _int32([place + chunk.gone * absolute for chunk in chunks for place in range(chunk.start, chunk.stop)]),
-            _int32([0, *ends]),
-            _int32([chunk.stop for chunk in chunks]),
-            torch.frombuffer(tables, dtype=torch.int32).view(len(chunks), -1),
-            _int32([row for chunk, end in zip(chunks, ends) for row in range(end - chunk.wants, end)]),
-            layers,
-            mass,
-            segments(chunks),
-        )
+        plan = self.model.plan
+        if plan.store is not self.store:  # NativeDecoder.hidden, or another engine, has put its own there
+            plan.cache(self.store)
+        absolute, rows = not plan.on_read, 0
+        numbers, positions, ends, lengths, sampled = (array("i") for _ in range(5))
+        ends.append(0)
+        for chunk in chunks:
+            numbers.extend(chunk.ids)
+            positions.extend(range(chunk.start + chunk.gone * absolute, chunk.stop + chunk.gone * absolute))
+            rows += chunk.stop - chunk.start
+            ends.append(rows)
+            lengths.append(chunk.stop)
+            sampled.extend(range(rows - chunk.wants, rows))
+        logits_NV = self._room(len(sampled))
+        for part in (positions, ends, lengths, sampled):
+            numbers += part
+        blocks = max([len(chunk.table) for chunk in chunks])
+        for chunk in chunks:
+            numbers += chunk.table
+            if missing := blocks - len(chunk.table):
+                numbers.frombytes(bytes(4 * missing))
+        plan.step(numbers, rows, len(chunks), logits_NV, layers, mass, segments(chunks))
+        return logits_NV
 
-
-def _int32(numbers: list[int]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int32)
+    def _room(self, rows: int) -> Tensor:
+        """Where logits go: the same memory at each step for as many as usual."""
+        if rows >= KEPT:
+            return torch.empty(rows, self.model.spec.vocab)
+        found = self._views.get(rows)
+        if found is None:
+            found = self._views[rows] = self._logits[:rows]
+        return found
