@@ -182,20 +182,23 @@ def test_kill_minus_nine_while_an_update_waits(text: Path, tmp_path: Path) -> No
     kill_and_resume(text, tmp_path, tmp_path / "whole", 1, 3, "offload.delay=3")
 
 
-def test_sections_that_make_it_fit_are_chosen_once_and_pinned(text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_sections_that_make_it_fit_are_chosen_once_and_pinned(tier: str, text: Path, tmp_path: Path) -> None:
     plain = run(text, tmp_path / "plain", **{"train.steps": "2"})
     assert plain.steps == 2
-    limits = {"memory.device": "2.5MB", "memory.host": "100MB", "train.steps": "6", "train.save_every": "3"}
+    more = {"memory.host": "100MB"} if tier == "host" else {"memory.host": "4MB", "memory.disk": str(tmp_path / "scratch")}
+    limits = {"memory.device": "2.5MB", "train.steps": "6", "train.save_every": "3", **more}
     first = run(text, tmp_path / "run", **{**limits, "train.steps": "3", "train.schedule": "constant"})
     pinned = json.loads((tmp_path / "run" / "rooms.json").read_text())
-    assert "offload" in pinned and first.steps == 3
+    assert ("offload" in pinned or "infinity" in pinned) and first.steps == 3
+    assert tier == "host" or any(file.suffix == ".bin" for file in (tmp_path / "scratch").iterdir())
     assert run(text, tmp_path / "run", **limits, **{"train.schedule": "constant"}).resumed_from == 3
     run(text, tmp_path / "whole", **limits, **{"train.schedule": "constant"})
     rows = [[r for r in curve(tmp_path / name) if r[1] is not None] for name in ("run", "whole")]
     assert rows[0] == rows[1] and len(rows[0]) == 6
     assert json.loads((tmp_path / "run" / "model" / "lilliput.json").read_text())["sections"].keys() == pinned.keys()
     with pytest.raises(DoesNotFit):
-        run(text, tmp_path / "small", **{"memory.device": "100KB"})
+        run(text, tmp_path / "small", **{"memory.device": "10KB"})
 
 
 def test_kill_minus_nine_with_everything_on_disk(text: Path, tmp_path: Path) -> None:
@@ -204,6 +207,11 @@ def test_kill_minus_nine_with_everything_on_disk(text: Path, tmp_path: Path) -> 
     kill_and_resume(text, tmp_path, tmp_path / "whole", 1, 5, *disk)
     run(text, tmp_path / "again", **dict(word.split("=") for word in disk))  # the run before has let go of its files
     assert_same_run(tmp_path / "whole", tmp_path / "again")
+
+
+def test_kill_minus_nine_with_a_frozen_base_on_disk(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "whole", **{"qlora.rank": "4"})
+    kill_and_resume(text, tmp_path, tmp_path / "whole", 1, 7, "qlora.rank=4", "infinity.parameters=disk", f"infinity.folder={tmp_path / 'scratch'}")
 
 
 @pytest.mark.slow

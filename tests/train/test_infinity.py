@@ -15,8 +15,12 @@ from lilliput.models.layers import Linear
 from lilliput.models.sizes import PRESETS
 from lilliput.models.spec import DecoderSpec
 from lilliput.parallel.resident import Residents
+from lilliput.train.fp8 import Fp8
 from lilliput.train.infinity import Infinity
+from lilliput.train.lora import Lora
+from lilliput.train.paged import Paged
 from lilliput.train.poet import Poet
+from lilliput.train.qlora import Qlora
 from lilliput.train.remat import Remat
 
 SPEC = PRESETS["tiny"]
@@ -177,6 +181,70 @@ def test_a_gradient_that_is_not_finite_skips_the_update(tmp_path: Path) -> None:
     assert all(torch.equal(rig.weight(rig, n), t) for n, t in before.items())
 
 
+# ---- beside others: weights that do not learn, and products in 8 bits
+
+
+BESIDE = {
+    "lora": {"lora": Lora(rank=4)}, "lora, dropout, remat": {"lora": Lora(rank=4, dropout=0.1), "remat": Remat(every=1)}, "qlora": {"qlora": Qlora(rank=4)},
+    "fp8": {"fp8": Fp8()}, "fp8, remat": {"fp8": Fp8(), "remat": Remat(every=2)},
+    "fp8, qlora, poet": {"fp8": Fp8(), "qlora": Qlora(rank=4), "poet": Poet(budget="1GB")},
+    "qlora, paged": {"qlora": Qlora(rank=4), "paged": Paged(budget="1GB")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+@pytest.mark.parametrize("others", BESIDE.values(), ids=BESIDE)
+def test_beside_others_it_is_the_run_in_memory(others: dict, tier: str, tmp_path: Path) -> None:
+    learns = "lora" not in others and "qlora" not in others
+    room = Infinity(parameters=tier, optimizer=tier if learns else "host", folder=str(tmp_path))
+    away, memory = run({"infinity": room, **others}), run(others)
+    assert_same(away, memory)
+    trained, expected = away[0].trainable(), memory[0].trainable()
+    assert learns or all(torch.equal(trained[n], p) for n, p in expected.items())
+    frozen = [p for n, p in away[0].model.named_parameters() if n not in trained]
+    assert sum(p.untyped_storage().nbytes() for p in frozen) <= away[0].visits, "what is frozen only visits"
+    if tier == "disk":
+        assert sorted(p.name for p in tmp_path.iterdir()) == (["first.bin", "gradients.bin", "parameters.bin", "second.bin"] if learns else ["parameters.bin"])
+
+
+@pytest.mark.parametrize("others", [{"lora": Lora(rank=4)}, {"qlora": Qlora(rank=4)}, {"fp8": Fp8()}, {}], ids=lambda o: "+".join(o) or "alone")
+def test_what_does_not_visit_is_simulated_to_the_byte(others: dict, tmp_path: Path) -> None:
+    room = Infinity(parameters="disk", optimizer="host" if {"lora", "qlora"} & set(others) else "disk", folder=str(tmp_path))
+    rig = make_rig({"infinity": room, "remat": Remat(every=1), **others})
+    weights = [p for n, p in rig.model.named_parameters() if rig.home(n).tier != "device"]
+    for step in range(2):
+        batch = random_batch(SPEC.vocab, seed=step, micros=1)
+        simulated = rig.objective.inner.ready if "fp8" in others else rig.objective.ready
+        (ready,) = simulated.values()
+        known = [*rig.model.parameters(), *rig.model.buffers(), *(t for m in batch for t in (m.tokens_BT, m.targets_BT))]
+        with Meter(known=known) as meter:
+            loss, weight = rig.objective(rig.model, batch[0])
+            (loss / weight).backward()
+        off = meter.peak - ready.simulation.peak["device"]
+        assert off == 0 or (rig.leaving() and -1024 < off <= 4 * len(weights)), "where gradients leave, their norms (4 bytes each) are waiting"
+        assert storage_bytes(weights) <= rig.visits
+        rig.update(rig, 1e-2)
+
+
+def test_an_adapters_run_goes_on_from_its_own_checkpoint(tmp_path: Path) -> None:
+    rooms = lambda name: {"infinity": Infinity(parameters="disk", folder=str(tmp_path / name)), "qlora": Qlora(rank=4)}
+    rig = make_rig(rooms("a"))
+    assert rig.keeper is None and set(rig.optimizer.parameters) == set(rig.trainable())
+    assert rig.optimizer.state().keys() == make_rig({"qlora": Qlora(rank=4)}).optimizer.state().keys()
+    size = (tmp_path / "a" / "parameters.bin").stat().st_size
+    frozen = [p for p in rig.model.parameters() if not p.requires_grad]
+    assert size < 1.3 * sum(p.numel() * p.element_size() for p in frozen) + (1 << 20), "one generation of what never changes"
+
+
+def test_tiles_of_codes_stand_for_the_same_weights() -> None:
+    spec = DecoderSpec("llama", vocab=64, dim=256, layers=2, heads=4, kv_heads=4, head_dim=64, ffn=512, context=64, tied=True)
+    whole, tiled = make_rig({"qlora": Qlora(rank=4)}, spec), make_rig({"qlora": Qlora(rank=4), "infinity": Infinity(tiles=4)}, spec)
+    assert all(torch.equal(tiled.weight(tiled, n), whole.weight(whole, n)) for n in whole.facts.shapes)
+    losses = [[rig.step(random_batch(64, seed=s), 1e-2, s).loss for s in range(3)] for rig in (whole, tiled)]
+    assert losses[0][0] == losses[1][0] and losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert "share scales" in Infinity(tiles=64).refuses({"qlora": Qlora()}, whole.facts)
+
+
 # ---- tiles
 
 
@@ -238,7 +306,9 @@ def test_refusals(tmp_path: Path) -> None:
     facts = make_rig({}).facts
     assert "infinity.folder" in Infinity(parameters="disk").refuses({}, facts)
     assert "does not divide" in Infinity(tiles=7).refuses({}, facts)
-    assert "gradients" in Infinity().refuses({"offload": object()}, facts) and "8-bit" in Infinity().refuses({"fp8": object()}, facts)
+    assert "gradients" in Infinity().refuses({"offload": object()}, facts) and "moments" in Infinity().refuses({"paged": object()}, facts)
+    assert "one scale" in Infinity(tiles=2).refuses({"fp8": object()}, facts)
+    assert "the adapter's" in Infinity(optimizer="disk", folder="x").refuses({"qlora": object()}, facts)
     assert Infinity(tiles=2).refuses({"remat": object()}, facts) is None
 
 

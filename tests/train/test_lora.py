@@ -150,3 +150,17 @@ def test_adapters_that_cannot_be_used(config: dict | None, what: str, tmp_path: 
         (tmp_path / "adapter_config.json").write_text(json.dumps(written | config))
     with pytest.raises(UserError, match=what):
         make_rig({"lora": Lora(rank=8 if config == {"r": 8} else 4, adapter=str(tmp_path))})
+
+
+@pytest.mark.parametrize(("sequences", "tokens"), [(2, 64), (4, 256)])
+def test_what_dropout_keeps_is_predicted(sequences: int, tokens: int) -> None:
+    rooms = {"lora": Lora(rank=4, dropout=0.1)}
+    rig = make_rig(rooms, sequences=sequences, tokens=tokens)
+    ledger = training_ledger(rig.facts, rig.site, rooms, "fp32")
+    (micro,) = random_batch(rig.facts.vocab, micros=1, sequences=sequences, tokens=tokens)
+    with Meter(known=[*rig.model.parameters(), micro.tokens_BT, micro.targets_BT]) as meter:
+        loss, _ = rig.objective(rig.model.train(), micro)
+        saved = meter.live
+        loss.backward()
+    assert sum(t.bytes for n, t in ledger.terms.items() if n.startswith("activations.") and "forward" in t.moments) == pytest.approx(saved, rel=0.1)
+    assert ledger.peak()[0] - ledger.bytes("parameters") - ledger.bytes("optimizer") == pytest.approx(meter.peak, rel=0.1)

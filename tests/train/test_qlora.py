@@ -100,7 +100,7 @@ def test_gradients_are_those_over_the_decoded_base() -> None:
     with torch.no_grad():
         for path, linear in adapted(rig.model):
             other = plain.model.get_submodule(path)
-            other.weight.copy_(linear.matrix())
+            other.weight.copy_(linear.whole("weight"))
             other.deltas.load_state_dict(linear.deltas.state_dict())
     micro = random_batch(TINY.vocab, micros=1, seed=7)[0]
     for one in (rig, plain):
@@ -193,9 +193,9 @@ def test_a_files_own_numbers_are_the_base(kind: str) -> None:
         rows = blocks(path + ".weight")[1]
         other = small.model.get_submodule(path)
         wanted = torch.from_numpy(gguf.quants.dequantize(rows, getattr(gguf.GGMLQuantizationType, kind)))
-        assert torch.equal(linear.matrix(), wanted)
+        assert torch.equal(linear.whole("weight"), wanted)
         assert torch.equal(linear.weight.split(linear.codec.sections)[2], other.weight.split(other.codec.sections)[2])
-        assert (other.matrix() - wanted).square().mean().sqrt() < 0.012 * wanted.square().mean().sqrt()
+        assert (other.whole("weight") - wanted).square().mean().sqrt() < 0.012 * wanted.square().mean().sqrt()
     for rig, bits in ((exact, 5.0), (small, 4.508)):
         linears = [m for _, m in adapted(rig.model)]
         held, weights = storage_bytes([m.weight for m in linears]), sum(m.outputs * m.inputs for m in linears)

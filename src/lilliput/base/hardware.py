@@ -104,6 +104,13 @@ class Hardware:
         return ", ".join(f"{d.count} x {d.name}" for d in here)
 
 
+def free_bytes(folder: Path) -> int:
+    """Bytes that files of a folder may take: those that are free on its disk and those that they have. The folder need not be there yet."""
+    there = folder.absolute()
+    own = sum(path.stat().st_blocks * 512 for path in there.iterdir() if path.is_file()) if there.is_dir() else 0
+    return shutil.disk_usage(next(path for path in (there, *there.parents) if path.is_dir())).free + own
+
+
 def names() -> list[str]:
     """Names of the declared machines."""
     return sorted(p.name.removesuffix(".toml") for p in importlib.resources.files("lilliput.base").joinpath("machines").iterdir() if p.name.endswith(".toml"))

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from lilliput.base import registry
 from lilliput.base.config import Section, Settings, load
+from lilliput.base.hardware import free_bytes
 from lilliput.base.show import parse_size
 
 
@@ -71,10 +72,12 @@ class Memory(Section):
 
     device: str = Field("", description="bytes for weights, gradients, optimizer and activations: 600MB; empty = what is free, nothing is chosen")
     host: str = Field("", description="bytes for what leaves the device; empty = what is free")
+    disk: str = Field("", description="folder that may be filled with what leaves both, one run at a time; empty = no disk is used")
 
     def limits(self) -> dict[str, int]:
-        """Tier -> bytes, where any were given."""
-        return {tier: parse_size(text) for tier, text in (("device", self.device), ("host", self.host)) if text and self.device}
+        """Tier -> bytes, where any were given; a folder's are those that are free and those of its own files."""
+        given = {tier: parse_size(text) for tier, text in (("device", self.device), ("host", self.host)) if text and self.device}
+        return given | ({"disk": free_bytes(Path(self.disk))} if self.disk and self.device else {})
 
 
 class Eval(Section):

@@ -39,7 +39,7 @@ def train(
       lilliput train model=smollm2-135m data.path=notes.txt train.steps=50 lora.rank=8
       lilliput train recipes/lilliput-tiny.toml --out runs/tiny
       lilliput train job.toml train.tokens_per_step=8192 --dry-run
-      lilliput train job.toml memory.device=600MB memory.host=2GB
+      lilliput train job.toml memory.device=600MB memory.host=2GB memory.disk=scratch
     """
     from lilliput.base.job import Job
     from lilliput.base.show import Show

@@ -11,7 +11,7 @@ is a budget (memory.meter) and its link a copy from memory to memory, as slow as
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol
@@ -135,3 +135,12 @@ class DiskTier:
     def close(self) -> None:
         """See Tier."""
         self.arena.close()
+
+
+def close(tiers: Iterable[Tier]) -> None:
+    """End the threads of several tiers and let go of their files."""
+    tiers = list(tiers)
+    for engine in {tier.arena.engine for tier in tiers if isinstance(tier, DiskTier)}:
+        engine.close()
+    for tier in tiers:
+        tier.close()

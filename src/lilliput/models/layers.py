@@ -10,7 +10,9 @@ Decoder.init_weights or a checkpoint fills them.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +23,19 @@ from lilliput.ops.norm import rms_norm
 
 
 class Codec(Protocol):
-    """How the bytes of one matrix are read."""
+    """How the bytes of one matrix [outputs, inputs] are read: a dataclass of both and of what else it has to know."""
+
+    @property
+    def bytes(self) -> int:
+        """Of the matrix as it is stored."""
+        ...
 
     def decode(self, stored: Tensor) -> Tensor:
         """The fp32 matrix that they stand for."""
+        ...
+
+    def part(self, stored: Tensor, number: int, count: int) -> Tensor:
+        """The bytes of one of `count` equal pieces of the rows, which decode to the same weights."""
         ...
 
 
@@ -50,13 +61,22 @@ class Linear(nn.Module):
 
     def split(self, count: int) -> None:
         """Give the rows to `count` Linears of equal size, whose outputs one after the other are this one's. Their weights are new."""
-        self.tiles.extend(Linear(self.inputs, self.outputs // count, self.bias is not None) for _ in range(count))
+        tiles = [Linear(self.inputs, self.outputs // count, self.bias is not None).requires_grad_(self.weight.requires_grad) for _ in range(count)]
+        if self.codec is not None:
+            codec: Codec = replace(self.codec, outputs=self.outputs // count)  # type: ignore[type-var]
+            for tile in tiles:
+                tile.codec = codec
+                tile.weight = nn.Parameter(self.weight.new_empty(codec.bytes), requires_grad=False)
+        self.tiles.extend(tiles)
         self.register_parameter("weight", None)
         self.bias = None
 
-    def matrix(self) -> Tensor:
-        """W [outputs, inputs], decoded where it is stored as bytes."""
-        return self.weight if self.codec is None else self.codec.decode(self.weight)
+    def whole(self, leaf: str) -> Tensor:
+        """W [outputs, inputs], decoded where it is stored as bytes, or the bias; tiles put together."""
+        if self.tiles:
+            return torch.cat([tile.whole(leaf) for tile in cast("Iterable[Linear]", self.tiles)])
+        value: Tensor = getattr(self, leaf)
+        return value if self.codec is None or leaf != "weight" else self.codec.decode(value)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs] in x's dtype."""

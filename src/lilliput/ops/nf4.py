@@ -17,7 +17,7 @@ Dettmers et al. 2023, arXiv 2305.14314, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,10 @@ class Nf4:
         wide, q = second_level(top) if self.double else (top.view(torch.uint8), top[:0].view(torch.uint8))
         return torch.cat([wide, *numbers, q])
 
+    def part(self, stored: Tensor, number: int, count: int) -> Tensor:
+        """The bytes of one of `count` equal pieces of the rows, which stand for the same weights. Pieces are whole blocks (double: of scales)."""
+        return piece(stored.split(self.sections), 1 if self.double else 0, number, count)
+
     def decode(self, stored: Tensor) -> Tensor:
         """The fp32 matrix that the bytes stand for."""
         return DECODE(stored, self.outputs, self.inputs, self.double)
@@ -79,6 +83,15 @@ def second_level(values: Tensor) -> tuple[Tensor, Tensor]:
     steps = apart.abs().amax(1) / 127
     q = (apart / steps.clamp(min=1e-38)[:, None]).round().clamp(-127, 127).to(torch.int8).flatten()[: values.numel()]
     return torch.cat([steps, mean[None]]).view(torch.uint8), q.view(torch.uint8)
+
+
+def piece(sections: Sequence[Tensor], means: int, number: int, count: int) -> Tensor:
+    """Of each section its part `number` of `count`, one after the other; the first `means` of them end with a mean, which every piece has."""
+    parts: list[Tensor] = []
+    for place, section in enumerate(sections):
+        parted, mean = section.split([section.numel() - 4, 4]) if place < means else (section, section[:0])
+        parts += [parted.view(count, parted.numel() // count)[number], mean]
+    return torch.cat(parts)
 
 
 def from_second_level(wide: Tensor, q: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lilliput.base.errors import UserError
-from lilliput.ops.nf4 import SECOND, decoder, from_second_level, second_level
+from lilliput.ops.nf4 import SECOND, decoder, from_second_level, piece, second_level
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,6 +66,10 @@ class Q4:
             return torch.cat([scales.view(torch.uint8), offsets.view(torch.uint8), numbers])
         (first, q), (second, r) = second_level(scales.float()), second_level(offsets.float())
         return torch.cat([first, second, numbers, q, r])
+
+    def part(self, stored: Tensor, number: int, count: int) -> Tensor:
+        """See Nf4."""
+        return piece(stored.split(self.sections), 2 if self.double else 0, number, count)
 
     def decode(self, stored: Tensor) -> Tensor:
         """The fp32 matrix that the bytes stand for."""

@@ -100,7 +100,7 @@ def _gradients() -> tuple[float, bool]:
     plain = copy.deepcopy(rig.model)
     for linear in plain.modules():
         if getattr(linear, "codec", None) is not None:
-            linear.weight, linear.codec = nn.Parameter(linear.matrix(), requires_grad=False), None
+            linear.weight, linear.codec = nn.Parameter(linear.whole("weight"), requires_grad=False), None
     tokens_BT = torch.arange(128).view(2, 64)
     for one in (rig.model, plain):
         one(tokens_BT).square().mean().backward()

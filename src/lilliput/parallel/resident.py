@@ -9,16 +9,22 @@ Where the order changes, the new one is learned at once; a wrong guess costs tim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lilliput.dist.tiers import Tier
+from lilliput.dist.tiers import Tier, close
 from lilliput.models.layers import Embedding
+
+
+def stays(parameter: torch.Tensor) -> bool:
+    """Whether it is a vector, which stays once it is here. What is stored as bytes of a codec is a matrix."""
+    return parameter.dim() == 1 and parameter.is_floating_point()
 
 
 class Residents:
@@ -46,7 +52,8 @@ class Residents:
     def watch(self, model: nn.Module, tied: Iterable[tuple[str, ...]]) -> None:
         """Hook every module with parameters of its own, and those that use one of another module's (groups of names that are one tensor)."""
         for path, module in model.named_modules():
-            own = tuple(f"{path}.{leaf}" if path else leaf for leaf, _ in module.named_parameters(recurse=False))
+            every = (f"{path}.{leaf}" if path else leaf for leaf, _ in module.named_parameters(recurse=False))
+            own = tuple(name for name in every if name in self.parameters)
             foreign = tuple(group[0] for group in tied if any(name.rpartition(".")[0] == path for name in group[1:]))
             if own or foreign:
                 self._hook(module, (*own, *foreign))
@@ -128,7 +135,7 @@ class Residents:
         return self.flat[name].numel() * self.flat[name].element_size()
 
     def _fetch(self, name: str) -> None:
-        self.used += self.size(name) if self.parameters[name].dim() > 1 else 0
+        self.used += self.size(name) if not stays(self.parameters[name]) else 0
         self.peak, self.fetched = max(self.peak, self.used), self.fetched + self.size(name)
         self.parameters[name].untyped_storage().resize_(self.size(name))
         with _disable_current_modes(), torch.no_grad():
@@ -137,7 +144,7 @@ class Residents:
     def _leave(self, count: int, but: Iterable[str]) -> bool:
         """Free room for so many bytes; False when that takes one that is pinned or in `but`."""
         while self.used + count > self.capacity:
-            name = next((n for n in self.here if n not in self.pinned and n not in but and self.parameters[n].dim() > 1), None)
+            name = next((n for n in self.here if n not in self.pinned and n not in but and not stays(self.parameters[n])), None)
             if name is None:
                 return False
             self._drop(name)
@@ -146,7 +153,7 @@ class Residents:
     def _drop(self, name: str) -> None:
         self.here.pop(name).result()
         self.parameters[name].untyped_storage().resize_(0)
-        self.used -= self.size(name) if self.parameters[name].dim() > 1 else 0
+        self.used -= self.size(name) if not stays(self.parameters[name]) else 0
 
     def clear(self) -> None:
         """Nothing is here: what is in the tier is about to change, or has."""
@@ -154,6 +161,11 @@ class Residents:
         self.backward = ()
         for name in list(self.here):
             self._drop(name)
+
+    def close(self) -> None:
+        """Nothing is here, and the tier lets go of its files."""
+        self.clear()
+        close([self.tier])
 
     # ---- values
 
@@ -180,11 +192,14 @@ class Residents:
             for name, make in waiting.items():
                 self.put(name, make())
 
-    def value(self, name: str) -> torch.Tensor:
-        """The parameter's value, from the tier, in the host's memory."""
+    @contextmanager
+    def present(self, path: str) -> Iterator[None]:
+        """What is below a module is here until the end of the block."""
         if self.first:
             self.start()
-        p = self.parameters[name]
-        into = torch.empty(p.shape, dtype=p.dtype, device="cpu")
-        self.tier.read(name, into.view(-1)).result()
-        return into
+        names = [name for name in self.parameters if name.startswith(f"{path}.")]
+        self.pin(names)
+        try:
+            yield
+        finally:
+            self.unpin(names)

@@ -22,6 +22,7 @@ from lilliput.base.facts import Facts
 from lilliput.base.protocols import Phase, Site, Strategy, in_order, refusal
 from lilliput.data.batch import IGNORE, MicroBatch
 from lilliput.models.checkpoints import STORED, fill
+from lilliput.models.layers import Linear
 from lilliput.ops.dropout import Counter
 from lilliput.parallel.optimizer import AdamW
 
@@ -80,7 +81,7 @@ class Rig:
     plans: Mapping[str, Any] = field(default_factory=dict)  # digest of a trace -> its MemoryPlan; before a room acts: those a run began with
     blocks: Callable[[str], tuple[str, Any] | None] = lambda name: None  # (GGUF type, rows of blocks) of a matrix that its file holds quantised
     exports: Mapping[str, Callable[[Rig, Path], None]] = field(default_factory=dict)  # folder name -> writer
-    weight: Callable[[Rig, str], torch.Tensor] = lambda rig, name: rig.model.get_parameter(name).detach()  # as files hold it
+    weight: Callable[[Rig, str], torch.Tensor] = lambda rig, name: whole(rig.model, name)  # as files hold it
 
     def step(self, batch: Sequence[MicroBatch], learning_rate: float, number: int) -> Sums:
         """One optimizer step over all its micro-batches; gradients are those of the mean loss over every scored target."""
@@ -127,6 +128,13 @@ class Rig:
     def source(self, name: str) -> Callable[[str, tuple[int, ...], int], torch.Tensor]:
         """What makes a parameter: the last `init` that matches its name."""
         return [make for pattern, make in self.init if fnmatch.fnmatchcase(name, pattern)][-1]
+
+
+def whole(model: nn.Module, name: str) -> torch.Tensor:
+    """A parameter by the name that files know, decoded and put together where it is stored otherwise."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    return (module.whole(leaf) if isinstance(module, Linear) else model.get_parameter(name)).detach()
 
 
 def next_token(model: nn.Module, micro: MicroBatch) -> tuple[torch.Tensor, int]:

@@ -18,7 +18,7 @@ import torch
 
 from lilliput.base.seeds import key
 from lilliput.dist.engine import whole_pages
-from lilliput.dist.tiers import DiskTier, HostTier
+from lilliput.dist.tiers import DiskTier, HostTier, close
 from lilliput.ops.adamw import Rule, update
 from lilliput.parallel.leaving import when_complete
 from lilliput.parallel.resident import Residents
@@ -173,7 +173,4 @@ class StreamedAdamW:
         """Finish what is under way, end the threads and let go of the files."""
         self.drain()
         self.residents.clear()
-        for engine in {tier.arena.engine for tier in self.tiers.values() if isinstance(tier, DiskTier)}:
-            engine.close()
-        for tier in self.tiers.values():
-            tier.close()
+        close(self.tiers.values())

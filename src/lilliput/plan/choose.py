@@ -1,7 +1,8 @@
-"""Choose: which sections make a job fit into the bytes that `memory.device` and `memory.host` allow.
+"""Choose: which sections make a job fit into what `memory.device`, `memory.host` and `memory.disk` allow.
 
-Every set of rooms that can be set to a budget (they say so with `within`) is tried beside the job's own, and judged by the ledger. Of
-those that fit the one with the fewest rooms is taken, the quickest where several have as few; each of the others leaves with its reason.
+Every set of rooms that can be set to a budget (`within` gives a room's settings, the quickest first) is tried beside the job's own, and judged
+by the ledger. Of those that fit the one with the fewest rooms is taken, the quickest where several have as few, the one that moves the fewest
+bytes where they are as quick; each of the others leaves with its reason. Where nothing fits, the smallest budgets that would do are said.
 The run then plans to the byte and refuses before anything is loaded where closed forms were too kind.
 """
 
@@ -16,17 +17,20 @@ from lilliput.base import registry
 from lilliput.base.ledger import Ledger, Tier
 from lilliput.base.protocols import refusal
 from lilliput.base.show import size
-from lilliput.plan.ledgers import fits, room
+from lilliput.plan.ledgers import fits, over, room
 from lilliput.plan.search import Trial, largest_micro_batch
+
+TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was added to a job, why, and why nothing else was: (sections, reason) pairs."""
+    """What was added to a job, why, and why nothing else was: (sections, reason) pairs. least: budgets that would do, where none of them did."""
 
     added: Mapping[str, Any]
     reason: str
     rejected: tuple[tuple[str, str], ...]
+    least: str = ""
 
     def lines(self) -> list[str]:
         """In words: the choice first."""
@@ -39,49 +43,67 @@ def words(rooms: Mapping[str, Any]) -> str:
     return " ".join(word for name, section in rooms.items() for word in told(name, section)) or "nothing more"
 
 
-def sets(trial: Trial) -> Iterator[dict[str, Any]]:
+def sets(trial: Trial, folder: str) -> Iterator[dict[str, Any]]:
     """Rooms to add, fewest first."""
-    allowed = [room(trial.hardware, tier) for tier in ("device", "host")]
     makers = {name: getattr(registry.find("train", name), "within", None) for name in registry.names("train") if name not in trial.rooms}
-    able = {name: maker(*allowed) for name, maker in makers.items() if maker is not None}
+    able = {name: maker(room(trial.hardware), folder) for name, maker in makers.items() if maker is not None}
     for count in range(len(able) + 1):
-        yield from ({name: able[name] for name in chosen} for chosen in itertools.combinations(able, count))
+        for chosen in itertools.combinations(able, count):
+            yield from (dict(zip(chosen, settings, strict=True)) for settings in itertools.product(*(able[name] for name in chosen)))
 
 
-def choose(trial: Trial, free: bool, seconds: Callable[[Ledger, Trial], float]) -> tuple[Trial, Choice]:
-    """(the variant to run, what was chosen). free: its micro-batch may be set too. Nothing that fits: the one that comes nearest."""
-    fitting: list[tuple[float, Trial, dict[str, Any]]] = []
-    rejected: list[tuple[str, str]] = []
-    near: list[tuple[int, int, Trial, dict[str, Any]]] = []
-    for number, added in enumerate(sets(trial)):
+def choose(trial: Trial, free: bool, folder: str, seconds: Callable[[Ledger, Trial], float]) -> tuple[Trial, Choice]:
+    """(the variant to run, what was chosen). free: its micro-batch may be set too. folder: of the disk that may be used, empty = none.
+    Nothing that fits: the one that comes nearest."""
+    fitting: list[tuple[tuple[int, float, float], Trial, dict[str, Any]]] = []
+    rejected: dict[str, str] = {}
+    near: list[tuple[tuple[int, int], Trial, dict[str, Any]]] = []
+    for number, added in enumerate(sets(trial, folder)):
         option = replace(trial, rooms={**trial.rooms, **added})
         refused = [f"{name}: {reason}" for name in option.rooms if (reason := refusal(name, option.rooms, trial.facts))]
         if refused:
-            rejected.append((words(added), refused[0]))
+            together = words({name: type(section)() for name, section in added.items()})
+            rejected.setdefault(words(added) if together in rejected and rejected[together] != refused[0] else together, refused[0])
             continue
         if free:
             option = largest_micro_batch(option)[0]
         ledger = option.ledger()
         if fits(ledger, option.hardware):
-            fitting.append((seconds(ledger, option), option, added))
+            moved = sum(term.traffic for term in ledger.terms.values() if term.lane in ("link", "disk"))
+            fitting.append(((len(added), seconds(ledger, option), moved), option, added))
             continue
-        rejected.append((words(added), _short(ledger, option)))
-        near.append((sum(max(0, ledger.peak(tier)[0] - room(option.hardware, tier)) for tier in ("device", "host")), number, option, added))
+        rejected[words(added)] = _short(ledger, option)
+        lacking = over(ledger, option.hardware, *TIERS)
+        near.append(((sum(lacking.values()), number), option, added))
     if not fitting:
-        _, _, option, added = min(near)
-        return option, Choice(added, "nothing fits; this comes nearest", tuple(pair for pair in rejected if pair[0] != words(added)))
-    best = min(fitting, key=lambda found: (len(found[2]), found[0]))
-    more = lambda took, added: "fits, with more sections than it takes" if len(added) > len(best[2]) else f"fits, but takes {took / best[0]:.2f} times as long"
-    slower = [(words(added), more(took, added)) for took, _, added in fitting if added is not best[2]]
-    return best[1], Choice(best[2], f"{_needs(best[1].ledger(), best[1])}; at least {best[0]:.3g} s a step", (*rejected, *slower))
+        _, option, added = min(near, key=lambda found: found[0])
+        others = tuple(pair for pair in rejected.items() if pair[0] != words(added))
+        return option, Choice(added, "nothing fits; this comes nearest", others, _least(option.ledger(), option))
+    best = min(fitting, key=lambda found: found[0])
+    slower = [(words(added), _slower(key, best[0])) for key, _, added in fitting if added is not best[2]]
+    return best[1], Choice(best[2], f"{_needs(best[1].ledger(), best[1])}; at least {best[0][1]:.3g} s a step", (*rejected.items(), *slower))
+
+
+def _least(ledger: Ledger, trial: Trial) -> str:
+    """The budgets that lack something, as large as it takes."""
+    needs = {tier: ledger.peak(tier)[0] for tier in over(ledger, trial.hardware, *TIERS)}
+    return " ".join(f"memory.{tier}={count}B" if tier != "disk" else f"{size(count)} in memory.disk" for tier, count in needs.items())
+
+
+def _slower(key: tuple[int, float, float], best: tuple[int, float, float]) -> str:
+    """Why one that fits was not taken: (sections, seconds, bytes moved) of both."""
+    if key[0] > best[0]:
+        return "fits, with more sections than it takes"
+    if key[1] > best[1]:
+        return f"fits, but takes {key[1] / best[1]:.2f} times as long"
+    return "fits, but moves more bytes" if key[2] > best[2] else "fits, but is no quicker"
 
 
 def _needs(ledger: Ledger, trial: Trial) -> str:
-    tiers: tuple[Tier, ...] = ("device", "host")
-    return ", ".join(f"{size(ledger.peak(tier)[0])} of {size(room(trial.hardware, tier))} on the {tier}" for tier in tiers if ledger.peak(tier)[0])
+    told = lambda tier: f" of {size(room(trial.hardware, tier))}" if tier != "disk" or tier in trial.hardware.limits else ""
+    return ", ".join(f"{size(ledger.peak(tier)[0])}{told(tier)} on the {tier}" for tier in TIERS if ledger.peak(tier)[0])
 
 
 def _short(ledger: Ledger, trial: Trial) -> str:
-    tiers: tuple[Tier, ...] = ("device", "host")
-    over = [t for t in tiers if ledger.peak(t)[0] > room(trial.hardware, t)]
-    return "needs " + " and ".join(f"{size(ledger.peak(t)[0])} on the {t}, which has {size(room(trial.hardware, t))}" for t in over)
+    lacking = over(ledger, trial.hardware, *TIERS)
+    return "needs " + " and ".join(f"{size(ledger.peak(t)[0])} on the {t}, which has {size(room(trial.hardware, t))}" for t in lacking)

@@ -19,7 +19,7 @@ from lilliput.base.ledger import Lane, Ledger, Moment
 from lilliput.base.protocols import Site
 from lilliput.base.show import size
 from lilliput.plan.choose import Choice, choose
-from lilliput.plan.ledgers import ELEMENT, fits, room, serving_ledger, tiers, training_ledger
+from lilliput.plan.ledgers import ELEMENT, fits, over, room, serving_ledger, tiers, training_ledger
 from lilliput.plan.search import Fix, Trial, fixes, largest_micro_batch
 
 
@@ -92,13 +92,17 @@ class Estimate(Fit):
         big = ", ".join(f"{name} {size(count)}" for name, count in self.biggest)
         most = f"{self.device.name} has {size(self.budget)} to use ({size(self.device.free)} free)"
         why = f"needs {size(self.peak)} at its peak ({self.moment}), {most}; biggest: {big}"
-        if self.peak <= self.budget:
+        tier = next(iter(over(self.ledger, self.site.hardware, "host", "disk")), None)
+        if self.peak <= self.budget and tier is not None:
             host = self.site.hardware.host
-            most = size(room(self.site.hardware, "host"))
-            why = f"the host needs {size(self.ledger.peak('host')[0])}, {host.name} has {most} to use ({size(host.free)} free)"
+            whose = f"{host.name} has" if tier == "host" else "its folder has"
+            free = f" ({size(host.free)} free)" if tier == "host" else ""
+            why = f"the {tier} needs {size(self.ledger.peak(tier)[0])}, {whose} {size(room(self.site.hardware, tier))} to use{free}"
+        least = self.choice.least if self.choice else ""
         nearest = min(self.fixes, key=lambda fix: (not fix.fits, 0 if fix.fits else fix.peak), default=None)
-        if nearest is not None and nearest.fits:
-            return "the job does not fit", why, nearest.words
+        if least or (nearest is not None and nearest.fits):
+            edit = nearest.words if nearest is not None and nearest.fits else ""
+            return "the job does not fit", why, ", or ".join(filter(None, (least and f"{least} (the least that it takes)", edit)))
         tried = "a smaller model, or a device with more memory"
         return "the job does not fit", why, f"{tried} ({nearest.words} comes nearest: {size(nearest.peak)})" if nearest else tried
 
@@ -129,7 +133,8 @@ def estimate_training(job: Job, facts: Facts, hardware: Hardware) -> Estimate:
         facts, machine, job.train.tokens_per_step, given if isinstance(given, int) else 1, job.data.sequence, job.top.dtype, job.rooms
     )
     if machine.limits:
-        trial, choice = choose(trial, given == "auto", lambda ledger, option: max(lanes(ledger, machine, option.dtype).values(), default=0.0))
+        seconds = lambda ledger, option: max(lanes(ledger, machine, option.dtype).values(), default=0.0)
+        trial, choice = choose(trial, given == "auto", job.memory.disk, seconds)
     if given == "auto":
         trial, reason = largest_micro_batch(trial)
     ledger = training_ledger(facts, trial.site, trial.rooms, trial.dtype, trial.micro_batches)

@@ -56,9 +56,14 @@ def tiers(hardware: Hardware) -> tuple[Tier, ...]:
 
 
 def fits(ledger: Ledger, hardware: Hardware) -> bool:
-    """Whether the peak is within what the device and its host may use."""
-    apart = tiers(hardware) == ("device",)
-    return ledger.peak(*tiers(hardware))[0] <= room(hardware) and not (apart and ledger.peak("host")[0] > room(hardware, "host"))
+    """Whether the peak is within what the device, its host and the disk may use."""
+    return ledger.peak(*tiers(hardware))[0] <= room(hardware) and not over(ledger, hardware, "host", "disk")
+
+
+def over(ledger: Ledger, hardware: Hardware, *among: Tier) -> dict[Tier, int]:
+    """Tier -> bytes that it lacks, of those tiers that have too few. A disk that nobody named is as large as it takes."""
+    apart = [tier for tier in among if tier not in tiers(hardware)[1:] and (tier != "disk" or tier in hardware.limits)]
+    return {tier: lacking for tier in apart if (lacking := ledger.peak(tier)[0] - room(hardware, tier)) > 0}
 
 
 def training_ledger(facts: Facts, site: Site, rooms: Mapping[str, Any], dtype: str, micro_batches: int = 1, optimizer: int = ADAMW) -> Ledger:

@@ -39,7 +39,7 @@ class Fp8(Section):
     """Fields are the knobs; see the module's lesson."""
 
     needs: ClassVar[tuple[str, ...]] = ()
-    after: ClassVar[tuple[str, ...]] = ("lora", "offload", "qlora")  # which weights learn and how they are stored
+    after: ClassVar[tuple[str, ...]] = ("infinity", "lora", "offload", "qlora")  # which weights learn, how they are stored and where
 
     scaling: Literal["amax", "cscale"] = Field("amax", description="each tensor's own power of two, or one for all")
     bias: int = Field(0, ge=-126, le=126, description="cscale: the exponent b of that power; 0 = unscaled")
@@ -61,7 +61,7 @@ class Fp8(Section):
         assert facts.activations is not None, "the base ledger was made from them"
         shapes = linears(facts)
         rows = site.sequences * site.tokens
-        if "transient.one matrix decoded" not in ledger.terms:  # else weights are stored in fewer bits, and coded anew each time
+        if "transient.one matrix decoded" not in ledger.terms and ledger.terms["parameters"].tier == "device":  # else they are coded anew each time
             ledger = ledger.put(**{"weights in 8 bits": Term(sum(n * k + 4 for n, k in shapes.values()))})
         width, inner = shapes[f"layers.0.{facts.linears[-1].removeprefix('layers.*.')}"]
         decoded = rows * width * (site.computed + 1)  # the gradient's codes, and decoded
@@ -70,6 +70,8 @@ class Fp8(Section):
         for a in own:
             if f"activations.{a.name}" in ledger.terms:
                 ledger = ledger.scale(f"activations.{a.name}", 1 / site.computed)
+        if "activations.dropped inputs" in ledger.terms:
+            ledger = ledger.scale("activations.dropped inputs", 1 / site.computed)
         for leaf, name in (("o_proj", "attention output"), ("down_proj", "mlp")):  # kept by what made them, too
             if not any(leaf in a.inputs_of for a in own):
                 term, (_, k) = ledger.terms[f"activations.{name}"], next(s for p, s in shapes.items() if p.endswith(leaf))
@@ -95,7 +97,7 @@ class Fp8(Section):
                 alone = delta.dropout is not None  # it reads what dropout leaves
                 delta.product = Product(scaling, Reads(1) if alone else reads)
                 reads.readers += 0 if alone else 1
-            if linear.codec is None:
+            if linear.codec is None and rig.home(f"{path}.weight").tier == "device":
                 linear.product.room(linear.weight, rig.device)
         return rig
 

@@ -63,14 +63,16 @@ class Lora(Section):
         tokens = site.sequences * site.tokens
         gradients, parameters = ledger.terms["gradients"], ledger.terms["parameters"]
         assert facts.activations is not None, "the base ledger was made from them"
-        leaves = {path.rsplit(".", 1)[-1] for path in shapes}
+        leaves = set() if self.dropout else {path.rsplit(".", 1)[-1] for path in shapes}  # A reads what dropout leaves, which each target keeps
         frozen = [a for a in facts.activations(site.sequences, site.tokens, 4) if a.inputs_of and not leaves & set(a.inputs_of)]
         ledger = ledger.drop(*(f"activations.{a.name}" for a in frozen))
+        dropped = Term(4 * tokens * sum(columns for _, columns in shapes.values()), moments=("forward", "backward"), blocks=facts.layers)
         return ledger.put(
             parameters=replace(parameters, size=parameters.size + 4 * count),
             gradients=replace(gradients, size=4 * count),
             optimizer=replace(ledger.terms["optimizer"], size=8 * count),
             **{
+                **({"activations.dropped inputs": dropped} if self.dropout else {}),
                 "activations.low_rank": Term(
                     size=4 * tokens * self.rank * len(shapes),
                     flops=6.0 * tokens * count,
@@ -155,12 +157,12 @@ def adapted(model: Any) -> list[tuple[str, Any]]:
 
 def merged(rig: Rig, name: str) -> Tensor:
     """A parameter by name, its update added; the model is left as it is."""
+    from lilliput.parallel.rig import whole
+
     path, _, leaf = name.rpartition(".")
-    linear = rig.model.get_submodule(path)
-    if leaf != "weight" or not hasattr(linear, "matrix"):
-        return rig.model.get_parameter(name).detach()
-    matrix = linear.matrix().detach()
-    return (matrix.float() + linear.deltas["lora"].weight().detach()).to(matrix.dtype) if "lora" in linear.deltas else matrix
+    linear, value = rig.model.get_submodule(path), whole(rig.model, name)
+    adapted = leaf == "weight" and "lora" in getattr(linear, "deltas", {})
+    return (value.float() + linear.deltas["lora"].weight().detach()).to(value.dtype) if adapted else value
 
 
 def merge(model: Any) -> int:

@@ -50,9 +50,9 @@ class Offload(Section):
     link: str = Field("", description="slows the link down to so many bytes/s each way (12GB); empty = as fast as it goes")
 
     @classmethod
-    def within(cls, device: int, host: int) -> Offload:
-        """Set for budgets of bytes (lilliput.plan.choose)."""
-        return cls.model_validate({})
+    def within(cls, device: int, folder: str) -> list[Offload]:
+        """Settings for a budget of bytes (lilliput.plan.choose)."""
+        return [cls.model_validate({})]
 
     def acts(self) -> Mapping[Phase, Callable[[Rig], Rig]]:
         """Stores weights in bf16 and makes the host's optimizer; then gradients leave, and the update is the host's."""

@@ -53,7 +53,8 @@ class Paged(Section):
         """Refuses to stand without a budget, and beside rooms that keep the moments elsewhere."""
         if not self.budget:
             return "paged needs paged.budget=600MB, or another number of bytes"
-        other = next((name for name in ELSEWHERE if name in others), None)
+        adapter = "lora" in others or "qlora" in others  # whose moments are on the device, wherever the weights are
+        other = next((name for name in ELSEWHERE if name in others and not adapter), None)
         return f"{other} keeps the optimizer's moments off the device already" if other else None
 
     def cost(self, ledger: Ledger, facts: Facts, site: Site) -> Ledger:
@@ -95,8 +96,10 @@ class Pages:
         self.names = list(rig.optimizer.parameters)
         self.away: dict[int, tuple[Tensor, ...]] = {}  # page -> its moments as shapes alone
         self.evicted, self.pinned = 0, True
-        self.meter = Meter(budget={"device": budget}, relieve=self.evict)
-        self.meter.adopt([*rig.model.parameters(), *rig.model.buffers(), *rig.optimizer.state().values()])  # all of it is there between steps
+        visiting = {name: p for name, p in rig.model.named_parameters() if rig.home(name).tier != "device"}
+        self.meter = Meter(budget={"device": budget}, relieve=self.evict, watch=visiting.values())
+        staying = [p for name, p in rig.model.named_parameters() if name not in visiting]
+        self.meter.adopt([*staying, *rig.model.buffers(), *rig.optimizer.state().values()])  # all of it is there between steps
         self.pinned = False
 
     def last(self) -> float:

@@ -99,6 +99,11 @@ class Qlora(Lora):
             init=(*rig.init, *((f"{pattern}.weight", encoded) for pattern in rig.facts.linears)),
         )
 
+    @property
+    def span(self) -> int:
+        """Weights that share scales: what a matrix may be cut into."""
+        return BLOCKS[self.storage] * (SECOND if self.double else 1)
+
     def codec(self, outputs: int, inputs: int) -> Nf4 | Q4:
         """How one matrix is stored."""
         from lilliput.ops.nf4 import Nf4

@@ -53,9 +53,9 @@ class Remat(Section):
         return "budget" if self.budget else self.plan
 
     @classmethod
-    def within(cls, device: int, host: int) -> Remat:
-        """Set for budgets of bytes (lilliput.plan.choose)."""
-        return cls.model_validate({"budget": f"{device}B"})
+    def within(cls, device: int, folder: str) -> list[Remat]:
+        """Settings for a budget of bytes (lilliput.plan.choose)."""
+        return [cls.model_validate({"budget": f"{device}B"})]
 
     def acts(self) -> Mapping[Phase, Callable[[Rig], Rig]]:
         """Runs the objective under a memory plan."""
@@ -155,9 +155,9 @@ def under(rig: Rig, choose: Choose, stores: Callable[[Trace], Mapping[str, Store
 
 
 def fewest(ledger: Ledger, facts: Facts, site: Site, limit: int) -> Ledger:
-    """The ledger with the fewest blocks run again that bring its peak to `limit` bytes; with all of them where none does."""
+    """The ledger with the fewest blocks run again that bring its peak to `limit` bytes; the smallest where none does."""
     options = [ledger, *(shrunk(ledger, facts, site, 1, again) for again in range(1, facts.layers + 1))]
-    return next((option for option in options if option.peak()[0] <= limit), options[-1])
+    return next((option for option in options if option.peak()[0] <= limit), None) or min(options, key=lambda option: option.peak()[0])
 
 
 def shrunk(ledger: Ledger, facts: Facts, site: Site, every: int, again: int) -> Ledger:
