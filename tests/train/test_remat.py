@@ -161,3 +161,37 @@ def test_refusals_say_why() -> None:
     assert "9" in Remat(every=9).refuses({}, facts) and "4 blocks" in Remat(every=9).refuses({}, facts)
     assert Remat(every=4).refuses({}, facts) is None
     assert "chain" in Remat(every=1).refuses({}, replace(facts, layers=0))
+
+
+CODED = [("bf16", 0.01), ("fp8", 0.1), ("nf4", 0.5)]
+
+
+@pytest.mark.parametrize(("codec", "apart"), CODED)
+def test_kept_in_fewer_bits(codec: str, apart: float) -> None:
+    """The closed form's bytes, no product more than in the plain run, and gradients apart by what the format rounds."""
+    spec = replace(PRESETS["llama-3m"], layers=6, dim=128, head_dim=32, ffn=320)
+    batch, found = random_batch(65, micros=1, sequences=4, tokens=128), {}
+    for name, rooms in {"plain": {}, "coded": {"remat": Remat(plan="coded", codec=codec)}}.items():
+        rig = make_rig(rooms, spec, sequences=4, tokens=128)
+        with Meter(known=[*rig.model.parameters(), batch[0].tokens_BT, batch[0].targets_BT]) as meter:
+            rig.schedule(rig, batch, batch[0].weight)
+        ledger = training_ledger(rig.facts, rig.site, rooms, "fp32", 1)
+        predicted = ledger.peak()[0] - ledger.bytes("parameters") - ledger.bytes("optimizer")
+        assert predicted == pytest.approx(meter.peak, rel=0.05)
+        found[name] = meter, torch.cat([p.grad.flatten() for p in rig.model.parameters()])
+    (plain, exact), (meter, rounded) = found.values()
+    assert meter.calls["mm"] == plain.calls["mm"] and meter.peak < plain.peak * {"bf16": 0.6, "fp8": 0.38, "nf4": 0.3}[codec]
+    assert 0 < (rounded - exact).norm() / exact.norm() < apart
+
+
+def test_a_budget_may_round_where_it_is_allowed_to() -> None:
+    """Between what exact plans take and what they cost in time lies a plan that keeps some blocks in fewer bits."""
+    exact, allowed = (make_rig({"remat": Remat(budget="8MB", codec=codec)}, sequences=4, tokens=64) for codec in ("exact", "bf16"))
+    assert all(row.decision.codec == "exact" for row in exact.plan.rows.values())
+    assert allowed.plan.predicted["device peak"] <= 8e6 - allowed.standing()
+
+
+@pytest.mark.parametrize("knobs", [{"plan": "coded"}, {"plan": "every", "codec": "fp8"}, {"plan": "selective", "codec": "bf16"}], ids=str)
+def test_codecs_that_make_no_sense_are_refused(knobs: dict) -> None:
+    with pytest.raises(UserError, match=r"remat\.codec|remat\.plan"):
+        make_rig({"remat": Remat(**knobs)})

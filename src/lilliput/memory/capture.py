@@ -91,6 +91,7 @@ class Recorder(TorchDispatchMode):
                 continue
             made = self._add(storage.nbytes(), f"{at or 'step'} {name}", "activation" if self.forward else "gradient")
             self._ids[storage._cdata] = made
+            self.storages[made].dtype = str(leaf.dtype).removeprefix("torch.")
             news.append(made)
             weakref.finalize(storage, self._gone, storage._cdata, FREE, made)
         op = Op(number, name, reads, writes, tuple(news), self.forward, at, random=torch.Tag.nondeterministic_seeded in func.tags)

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lilliput.base.errors import UserError
+from lilliput.memory import codecs
 from lilliput.memory.capture import STATISTICS
 from lilliput.memory.lower import Replay, Schedule
 from lilliput.memory.meter import Meter
@@ -30,7 +31,7 @@ from lilliput.memory.stores import Store
 from lilliput.memory.trace import UNPACK
 
 AGAIN = "plan again for this model and batch shape"
-CODECS = {"bf16": torch.bfloat16}
+PAGES = {"bf16": torch.bfloat16}  # codecs in which a store's copy converts
 
 
 class Mismatch(UserError):
@@ -187,10 +188,10 @@ class _Step(TorchDispatchMode):
             flat = torch.empty(0, dtype=tensor.dtype if decision.codec != "exact" else torch.uint8, device=tensor.device)
             flat = flat.set_(held, 0, (held.nbytes() // flat.element_size(),), (1,))
             if decision.place == "keep":
-                self.encoded[storage] = flat.to(CODECS[decision.codec])
+                self.encoded[storage] = codecs.encode(flat, decision.codec)
             else:
                 with self.owner.meter.placing(decision.tier) if self.owner.meter else nullcontext():
-                    self.leaving[storage] = self.owner.stores[decision.tier].write(storage, flat, CODECS.get(decision.codec, flat.dtype))
+                    self.leaving[storage] = self.owner.stores[decision.tier].write(storage, flat, PAGES.get(decision.codec, flat.dtype))
         if decision.place == "keep":
             self.here.pop(storage)
         elif decision.out is None:
@@ -242,10 +243,11 @@ class _Step(TorchDispatchMode):
         if decision.codec == "exact":
             back = torch.empty(size, dtype=torch.uint8, device=like.device)
             self.coming[storage] = self.owner.stores[decision.tier].read(storage, back)
+        elif decision.place == "keep":
+            back, self.coming[storage] = codecs.decode(self.encoded[storage], size // 4, decision.codec), None
         else:
-            back = torch.empty(size // 4, dtype=torch.float32, device=like.device)
-            self.coming[storage] = None
-            (back.copy_(self.encoded[storage]) if decision.place == "keep" else self.owner.stores[decision.tier].read(storage, back).result())
+            back, self.coming[storage] = torch.empty(size // 4, dtype=torch.float32, device=like.device), None
+            self.owner.stores[decision.tier].read(storage, back).result()
         self.here[storage] = back.untyped_storage()
 
     def wait(self, storage: int) -> None:

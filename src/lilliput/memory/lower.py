@@ -63,6 +63,10 @@ def lower(trace: Trace, decisions: Mapping[int, Decision]) -> Schedule:
     for s, decision in decisions.items():
         if trace.storages[s].external or (decision.away and not trace.storages[s].packs):
             raise UserError(f"{trace.storages[s].name} has no place in a plan", "it is not a saved activation", "plan saved tensors only")
+        if decision.codec != "exact" and trace.storages[s].dtype not in ("float32", ""):
+            raise UserError(f"{trace.storages[s].name} cannot lie in {decision.codec}", f"its numbers are {trace.storages[s].dtype}", "codec=exact")
+        if decision.place == "page" and decision.codec not in ("exact", "bf16"):
+            raise UserError(f"{trace.storages[s].name} cannot be paged in {decision.codec}", "pages are exact or bf16", "place=keep, or codec=bf16")
     saved = {s.index for s in trace.saved()}
     away = {s for s, d in decisions.items() if d.away}
     hold = frozenset(s for s in decisions if s not in saved) | _pinned(trace)

@@ -1,7 +1,7 @@
 """The memory plan: one row a tensor, place x codec, and who asked for it. No torch.
 
     place    keep (in a tier) | recompute | page (out of the device tier and back)
-    codec    exact | bf16: how the bytes lie while nobody computes with them
+    codec    exact | bf16 | fp8 | nf4: how the bytes lie while nobody computes with them (memory.codecs); a page is exact or bf16
 
 Rooms claim rows before a planner fills the rest; two claims on one axis of one tensor are a refusal that names both. The
 plan is plain JSON, one line a row, so two plans can be compared with diff, and it belongs to one trace (its digest).
@@ -23,8 +23,14 @@ from lilliput.base.errors import UserError
 from lilliput.base.ledger import Tier
 
 Place = Literal["keep", "recompute", "page"]
-Codec = Literal["exact", "bf16"]
-RATIO = {"exact": 1.0, "bf16": 0.5}  # bytes of a stored fp32 number, over 4
+Codec = Literal["exact", "bf16", "fp8", "nf4"]
+FP8_BLOCK = 256  # numbers with one scale
+
+
+def stored_bytes(codec: Codec | str, size: int) -> int:
+    """Bytes in which `size` bytes of fp32 numbers lie in a codec."""
+    count = size // 4
+    return {"exact": size, "bf16": 2 * count, "fp8": count + 4 * -(-count // FP8_BLOCK), "nf4": 36 * -(-count // 64)}[codec]
 
 
 @dataclass(frozen=True)

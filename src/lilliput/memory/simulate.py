@@ -2,7 +2,7 @@
 
 Bytes: every storage is alive while Python, the executor or a running backward operation holds it, exactly as in the eager
 run; the peak is the largest sum after any operation. Time: operations and recomputation fill the compute lane; copies fill
-one lane a tier and overlap it; whoever needs a copy waits. Energy: seconds of each lane times its watts.
+one lane a tier and overlap it (what is encoded on the device is computed there); whoever needs a copy waits. Energy: seconds of each lane times its watts.
 What is not counted: memory inside one operation (workspaces), and what was there before the step.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from lilliput.base.errors import DoesNotFit, UserError
 from lilliput.base.show import size
 from lilliput.memory.lower import Replay, Schedule, lower
-from lilliput.memory.plan import RATIO, Decision
+from lilliput.memory.plan import Decision, stored_bytes
 from lilliput.memory.trace import DONE, FREE, OP, PACK, RELEASE, UNPACK, Trace
 
 
@@ -107,10 +107,11 @@ class _Run:
 
     def copy(self, tier: str, count: int, write: bool) -> float:
         """Book a transfer; when it is done."""
-        if tier == "device":
-            return self.result.seconds
         link = self.rates.link(tier)
         took = link.latency + count / (link.write if write else link.read)
+        if tier == "device":  # encoded where it is: the device's own work
+            self.compute(took)
+            return self.result.seconds
         self.busy[tier] = max(self.busy.get(tier, 0.0), self.result.seconds) + took
         self.result.joules += took * link.watts
         if write:
@@ -129,7 +130,7 @@ class _Run:
     def send(self, storage: int) -> None:
         self.hold(storage)
         decision = self.schedule.of(storage)
-        count = int(self.bytes[storage] * RATIO[decision.codec])
+        count = stored_bytes(decision.codec, self.bytes[storage])
         self.add(decision.tier, count)
         self.stored[storage] = (decision.tier, count)
         self.leaving[storage] = self.copy(decision.tier, count, True)

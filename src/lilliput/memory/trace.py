@@ -33,6 +33,7 @@ class Storage:
     packs: list[int] = field(default_factory=list)  # saved tensors that lie in it
     readers: list[int] = field(default_factory=list)  # forward operations that read it
     kind: str = "activation"  # activation | parameter | input | gradient
+    dtype: str = ""  # of what an operation made it for
 
     @property
     def external(self) -> bool:

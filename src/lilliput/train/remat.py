@@ -5,10 +5,12 @@
     plan = "selective"  what products made stays; norms, activations and attention run again
     budget = "600MB"    the fastest of some fifty plans (those above, Chen's own planner, recursion, a dynamic program over the blocks) whose
                         peak, to the byte, is within the budget for weights, gradients, optimizer and activations together
+    plan = "coded"      nothing runs again; what blocks keep lies in `codec`: bf16 a half, fp8 a quarter, nf4 a seventh of the bytes
 
-A decoder block keeps 10 to 20 times its input, so there k = 1 is smallest; a larger k costs no time. Running all blocks again is a
-third more flops. Values and gradients are bitwise those of the plain run, dropout included. A budget that no plan meets is refused
-before training, with the smallest one that is met. Skip it when activations are not what fills the memory: `lilliput plan` shows the terms.
+A decoder block keeps 10 to 20 times its input, so there k = 1 is smallest; a larger k costs no time. Running all blocks again is a third more flops.
+Values and gradients are bitwise those of the plain run, dropout included, unless a codec rounds what is kept (`coded`, or a budget with a codec). A
+budget that no plan meets is refused before training, with the smallest one that is met. Skip it when activations are not what fills the
+memory: `lilliput plan` shows the terms.
 
 Chen, Xu, Zhang, Guestrin 2016, arXiv 1604.06174. Published: a 1000-layer ResNet from 48 GB to 7 GB at 30 % more time.
 """
@@ -28,6 +30,7 @@ from lilliput.base.facts import Facts
 from lilliput.base.ledger import Ledger, Moment, Term
 from lilliput.base.protocols import Phase, Site
 from lilliput.base.show import parse_size, size
+from lilliput.memory.plan import stored_bytes
 
 if TYPE_CHECKING:
     from lilliput.memory.planned import Choose
@@ -43,9 +46,10 @@ class Remat(Section):
 
     needs: ClassVar[tuple[str, ...]] = ()
 
-    plan: Literal["every", "sqrt", "selective", "budget"] = Field("every", description="what is kept; a budget makes it `budget`")
+    plan: Literal["every", "sqrt", "selective", "budget", "coded"] = Field("every", description="what is kept; a budget makes it `budget`")
     every: int | Literal["sqrt"] = Field(1, description="blocks in one recomputed segment; sqrt = the square root of the depth")
     budget: str = Field("", description="bytes for weights, gradients, optimizer and activations: 600MB, 2GiB")
+    codec: Literal["exact", "bf16", "fp8", "nf4"] = Field("exact", description="how what blocks keep may lie until the backward pass (coded, budget)")
 
     @property
     def kind(self) -> str:
@@ -69,6 +73,10 @@ class Remat(Section):
             return f"remat.every={self.every}, but the model has {facts.layers} blocks"
         if self.kind == "budget" and not self.budget:
             return "remat.plan=budget needs remat.budget=600MB, or another number of bytes"
+        if self.kind == "coded" and self.codec == "exact":
+            return "remat.plan=coded needs remat.codec=bf16, fp8 or nf4"
+        if self.codec != "exact" and self.kind not in ("coded", "budget"):
+            return f"remat.codec={self.codec} is for what is kept, and remat.plan={self.kind} runs it again: remat.plan=coded, or a budget"
         return None
 
     def segment(self, facts: Facts) -> int:
@@ -82,6 +90,8 @@ class Remat(Section):
         """
         if self.kind == "selective":
             return self.without_cheap(ledger, facts, site)
+        if self.kind == "coded":
+            return self.encoded(ledger, facts)
         if self.kind != "budget":
             return shrunk(ledger, facts, site, self.segment(facts), facts.layers)
         return fewest(ledger, facts, site, parse_size(self.budget)) if self.budget else ledger
@@ -99,6 +109,13 @@ class Remat(Section):
         largest = max((block[n].size // facts.layers for n in gone), default=0)
         return ledger.drop(*gone).put(**kept, **{"transient.one tensor again": Term(largest, flops=again, moments=("backward",))})
 
+    def encoded(self, ledger: Ledger, facts: Facts) -> Ledger:
+        """Block terms in fewer bytes; what one of them takes comes back whole when the backward pass asks for it."""
+        block = {n: t for n, t in ledger.terms.items() if t.blocks}
+        largest = max(t.size // t.blocks for t in block.values())
+        less = {n: replace(t, size=stored_bytes(self.codec, t.size)) for n, t in block.items()}
+        return ledger.put(**less, **{"transient.decoded": Term(largest, moments=("backward",))})
+
     def recompute(self, rig: Rig) -> Rig:
         """Under a plan from now on."""
         standing = rig.standing()
@@ -106,21 +123,31 @@ class Remat(Section):
 
     def choose(self, trace: Trace, rig: Rig, standing: int) -> tuple[str, Mapping[int, Any]]:
         """(name, decisions) for one trace; standing: bytes of weights and optimizer. DoesNotFit where no plan meets the budget."""
-        from lilliput.memory.planners.budget import frontier
+        from lilliput.memory.codecs import speed
+        from lilliput.memory.planners.budget import LEVELS, frontier
         from lilliput.memory.planners.chain import chain, entries
+        from lilliput.memory.planners.coded import coded
         from lilliput.memory.planners.selective import selective
         from lilliput.memory.planners.sqrt import segments
         from lilliput.memory.profile import estimate
+        from lilliput.memory.simulate import Rates
 
         estimate(trace, rig.site.hardware)
         blocks = chain(trace, entries(trace, BLOCKS))
         if self.kind == "selective":
             return "selective", selective(trace, but={s for stage in blocks.stages for s in stage.boundary})
+        n, rounded = len(blocks), lambda until: coded(blocks, self.codec, until)
+        if self.kind == "coded":
+            return f"all blocks kept in {self.codec}", rounded(n)
         if self.kind == "budget":
+            levels = dict.fromkeys(round(n * i / LEVELS) for i in range(1, LEVELS + 1)) if self.codec != "exact" else ()
+            rates = Rates({"device": speed(self.codec, rig.device)} if levels else {})
             gradients = sum(s.bytes for s in trace.storages if s.external and s.kind == "gradient")
             room = parse_size(self.budget) - standing - gradients
             try:
-                option = frontier(trace).pick({"device": max(0, room)})
+                option = frontier(trace, rates, more=[(f"the first {k} of {n} blocks kept in {self.codec}", rounded(k)) for k in levels]).pick(
+                    {"device": max(0, room)}
+                )
             except DoesNotFit as fault:
                 least = fault.needs + standing + gradients
                 why = f"weights, optimizer{' and gradients' if gradients else ''} take {size(standing + gradients)}; {fault.why}"

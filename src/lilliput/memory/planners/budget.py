@@ -6,7 +6,8 @@ peak of all proposals is what a refusal names. About 50 simulations: a few secon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lilliput.base.errors import DoesNotFit
@@ -69,12 +70,12 @@ def written(trace: Trace, name: str, decisions: Mapping[int, Decision], simulati
     return MemoryPlan(trace.digest(), name, rows, {}, predicted)
 
 
-def frontier(trace: Trace, rates: Rates = Rates(), tiers: Sequence[Tier] = ()) -> Frontier:
-    """Judge every proposal. tiers: where tensors may be paged to."""
+def frontier(trace: Trace, rates: Rates = Rates(), tiers: Sequence[Tier] = (), more: Iterable[tuple[str, Decisions]] = ()) -> Frontier:
+    """Judge every proposal. tiers: where tensors may be paged to; more: further proposals, those that a user allows to round."""
     found: list[Option] = []
     seen: set[frozenset[tuple[int, Decision]]] = set()
     count = 0
-    for name, decisions in proposals(trace, rates, tiers):
+    for name, decisions in itertools.chain(proposals(trace, rates, tiers), more):
         key = frozenset((s, d) for s, d in decisions.items() if d != KEEP or not trace.storages[s].packs)
         if key in seen:
             continue
@@ -153,6 +154,7 @@ def _paged(trace: Trace, whole: Chain, tier: Tier) -> Iterator[tuple[str, Decisi
             yield f"... the others again{', overlapped' if late else ''} ({until})", {**rest, **paged}
     entering = {s for stage in whole.stages[1:] for s in stage.boundary}
     again = every(whole, 1)
-    yield f"stages again from inputs paged to the {tier}", {
-        s: replace(d, place="page", tier=tier) if s in entering and trace.storages[s].packs and d == KEEP else d for s, d in again.items()
-    }
+    yield (
+        f"stages again from inputs paged to the {tier}",
+        {s: replace(d, place="page", tier=tier) if s in entering and trace.storages[s].packs and d == KEEP else d for s, d in again.items()},
+    )
