@@ -2,6 +2,7 @@
 
     make bench X=lora_serving ARGS="--runner native"     the compiled kernels
     make bench X=lora_serving ARGS="--runner eager"      PyTorch
+    make bench X=lora_serving ARGS="--saved fp16"        adapters that were saved in half precision are kept so
 
 One engine holds all adapters; a round gives each mix the same number of steps, so that what else runs on the machine hits all alike.
 """
@@ -26,7 +27,7 @@ from lilliput.ops import native
 from lilliput.serve.request import Sampling
 
 
-def adapters(folder: Path, spec: Any, count: int, rank: int) -> None:
+def adapters(folder: Path, spec: Any, count: int, rank: int, saved: str) -> None:
     """Random ones on every Linear, small enough that answers stay sensible."""
     for seed in range(count):
         generator = torch.Generator().manual_seed(seed)
@@ -34,7 +35,7 @@ def adapters(folder: Path, spec: Any, count: int, rank: int) -> None:
         for name, shape in spec.shapes().items():
             if name.endswith("_proj.weight"):
                 a, b = torch.randn(rank, shape[1], generator=generator) / shape[1] ** 0.5, 1e-2 * torch.randn(shape[0], rank, generator=generator)
-                pairs[name.removesuffix(".weight")] = (a, b)
+                pairs[name.removesuffix(".weight")] = (a.half().float(), b.half().float()) if saved == "fp16" else (a, b)
         (folder / f"a{seed}").mkdir()
         write_adapter(folder / f"a{seed}", spec, pairs, rank=rank, alpha=float(rank), dropout=0.0)
 
@@ -61,6 +62,7 @@ def main() -> int:
     options.add_argument("--model", default="smollm2-135m")
     options.add_argument("--runner", default="native", choices=("native", "eager"))
     options.add_argument("--weights", default="file")
+    options.add_argument("--saved", default="fp32", choices=("fp32", "fp16"))
     options.add_argument("--rank", type=int, default=8)
     options.add_argument("--batch", type=int, default=8)
     options.add_argument("--rounds", type=int, default=7)
@@ -72,7 +74,7 @@ def main() -> int:
     native.threads(cpus())
     mixes = [0, 1, 2, 4, 8]
     with tempfile.TemporaryDirectory() as folder:
-        adapters(Path(folder), lilliput.load(args.model).spec, max(mixes), args.rank)
+        adapters(Path(folder), lilliput.load(args.model).spec, max(mixes), args.rank, args.saved)
         weights = {"weights": args.weights} if args.runner == "native" else {}
         engine = lilliput.load(args.model, runner=args.runner, adapters=folder, sharing=False, **weights).engine
     rates: dict[int, list[float]] = {mix: [] for mix in mixes}
@@ -85,7 +87,7 @@ def main() -> int:
         rows.append({"adapters": mix, "tokens/s": round(statistics.median(rates[mix]), 1), "of the base": f"{share:.0%}"})
     load = os.getloadavg()[0]
     show.data({"arguments": vars(args), "load": load, "rows": rows})
-    show.table(rows, tuple(rows[0]), f"{args.model}, {args.runner}, rank {args.rank} on every Linear, {args.batch} requests, load {load:.1f}")
+    show.table(rows, tuple(rows[0]), f"{args.model}, {args.runner}, rank {args.rank} on every Linear in {args.saved}, {args.batch} requests, load {load:.1f}")
     return 0
 
 

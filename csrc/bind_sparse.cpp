@@ -25,7 +25,7 @@ void split(int count, int least, F&& f) {
 void bind_sparse(nb::module_& m) {
   m.def("row_dots", [](Address data, int count, int width, bool half, Address ids, int chosen, Address x, int rows, Address y) {
     const RowMatrix w{at<void>(data), count, width, half};
-    split(chosen, 16, [&](int from, int to) { sparse().dots(w, at<int32_t>(ids), from, to, at<float>(x), rows, at<float>(y), chosen); });
+    split(chosen, 16, [&](int from, int to) { sparse().dots(w, at<int32_t>(ids), from, to, at<float>(x), width, rows, at<float>(y), chosen); });
   }, Released());
   m.def("row_add", [](Address data, int count, int width, bool half, Address ids, int chosen, Address a, int rows, Address y) {
     const RowMatrix w{at<void>(data), count, width, half};

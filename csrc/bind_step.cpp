@@ -65,9 +65,9 @@ void bind_step(nb::module_& m) {
   });
   nb::class_<Adapter>(m, "Adapter")
       .def("__init__", [](Adapter* a, int layers) { new (a) Adapter(); a->layers.resize(size_t(layers)); })
-      .def("put", [](Adapter& a, int layer, int slot, const Weight& w, const std::vector<std::tuple<Weight, int, int>>& parts) {
+      .def("put", [](Adapter& a, int layer, int slot, Address data, int count, int width, bool half, const std::vector<std::tuple<Weight, int, int>>& parts) {
         Delta& delta = a.layers.at(size_t(layer)).at(size_t(slot));
-        delta.a = w;
+        delta.a = {at<void>(data), count, width, half};
         delta.parts.clear();
         for (const auto& [b, from, to] : parts) delta.parts.push_back({b, from, to});
       });

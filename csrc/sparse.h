@@ -29,8 +29,8 @@ struct TileMatrix {
 };
 
 struct SparseKernels {
-  // ids [from, to) for `rows` rows of x; y: [rows][y_stride]
-  void (*dots)(const RowMatrix& w, const int32_t* ids, int from, int to, const float* x, int rows, float* y, long y_stride);
+  // ids [from, to) (null: those rows themselves) for `rows` rows of x; y: [rows][y_stride]
+  void (*dots)(const RowMatrix& w, const int32_t* ids, int from, int to, const float* x, long x_stride, int rows, float* y, long y_stride);
   // columns [from, to) of the sum over all `count` ids; a: [rows][count]
   void (*add)(const RowMatrix& w, const int32_t* ids, int count, const float* a, int rows, int from, int to, float* y);
   // panels [from, to) for rows [row0, row1)

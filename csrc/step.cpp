@@ -143,11 +143,11 @@ void Plan::residual(const Product& p, const float* x, long x_stride, int rows, f
 // number: x A^T of all, then B. Each row's sums are those of the row alone, as everywhere (linear.h).
 void Plan::update(const Batch& batch, const Layer& layer, Slot slot, const float* x, long x_stride, float* y, long y_stride) {
   if (batch.adapted_count == 0) return;
-  constexpr int ROWS = 32, PANELS = 16;  // of one task
-  struct Task { const Weight* weight; const float* x; float* y; long x_stride, y_stride; int rows, panel0, panel1; bool add; };
+  constexpr int ROWS = 32, RANKS = 8, PANELS = 16;  // of one task
+  struct Task { const Delta* delta; const Delta::Part* part; const float* x; float* low; float* y; int rows, from, to; };
   std::vector<Task> first, second;
   const size_t at = size_t(&layer - layers.data());
-  long size = 0, work[2] = {0, 0};
+  long size = 0;
   const auto each = [&](auto&& f) {
     for (int i = 0; i < batch.adapted_count; i++) {
       const Adapted& part = batch.adapted[i];
@@ -155,31 +155,28 @@ void Plan::update(const Batch& batch, const Layer& layer, Slot slot, const float
       if (delta.a.data) for (int r = part.row0; r < part.row1; r += ROWS) f(delta, r, std::min(ROWS, part.row1 - r));
     }
   };
-  each([&](const Delta& delta, int, int rows) { size += long(rows) * delta.a.outputs; });
+  each([&](const Delta& delta, int, int rows) { size += long(rows) * delta.a.count; });
   if (size == 0) return;
   float* low = room(scratch.low, size);
   each([&](const Delta& delta, int row, int rows) {
-    const long rank = delta.a.outputs;
-    first.push_back({&delta.a, x + row * x_stride, low, x_stride, rank, rows, 0, delta.a.panels(), false});
-    work[0] += rows * rank * delta.a.inputs;
-    for (const Delta::Part& part : delta.parts) {
-      work[1] += long(rows) * part.b.outputs * part.b.inputs;
-      for (int p = 0; p < part.b.panels(); p += PANELS)
-        second.push_back({&part.b, low + part.from, y + row * y_stride + part.to, rank, y_stride, rows, p, std::min(p + PANELS, part.b.panels()), true});
-    }
-    low += rows * rank;
+    Task task{&delta, nullptr, x + row * x_stride, low, y + row * y_stride, rows, 0, 0};
+    const auto cut = [&](std::vector<Task>& tasks, int count, int most) {
+      for (task.from = 0; task.from < count; task.from = task.to) { task.to = std::min(task.from + most, count); tasks.push_back(task); }
+    };
+    cut(first, delta.a.count, RANKS);
+    for (const Delta::Part& part : delta.parts) { task.part = &part; cut(second, part.b.panels(), PANELS); }
+    low += long(rows) * delta.a.count;
+  });
+  const auto dots = sparse().dots;
+  parallel(int(first.size()), [&](int i, int) {
+    const Task& t = first[size_t(i)];
+    dots(t.delta->a, nullptr, t.from, t.to, t.x, x_stride, t.rows, t.low, t.delta->a.count);
   });
   const auto tile = linear_float().tile;
-  const std::vector<Task>* phases[] = {&first, &second};
-  for (int phase = 0; phase < 2; phase++) {
-    const auto run = [&](int i, int) {
-      const Task& t = (*phases[phase])[size_t(i)];
-      tile(*t.weight, t.x, t.x_stride, 0, t.rows, t.panel0, t.panel1, nullptr, t.y, t.y_stride, t.add);
-    };
-    const int count = int(phases[phase]->size());
-    if (work[phase] < 4 * SMALL) for (int i = 0; i < count; i++) run(i, 0);
-    else parallel(count, [&](int i, int worker) { run(i, worker); });
-  }
+  parallel(int(second.size()), [&](int i, int) {
+    const Task& t = second[size_t(i)];
+    tile(t.part->b, t.low + t.part->from, t.delta->a.count, 0, t.rows, t.from, t.to, nullptr, t.y + t.part->to, y_stride, true);
+  });
 }
 
 void Plan::product(const Product& p, const float* x, long x_stride, int rows, float* y, long y_stride, bool add) {

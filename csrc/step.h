@@ -16,6 +16,7 @@
 
 #include "linear.h"
 #include "paged.h"
+#include "sparse.h"
 
 namespace lilliput {
 
@@ -52,13 +53,14 @@ struct Layer {
 };
 
 // A low-rank update of one product (LoRA): y += (x A^T) B^T. `a` holds the A of all parts of a stacked product (q, k, v; gate, up) one
-// below the other; each part's B reads its columns of x A^T and writes its own outputs. All fp32, the scale is in B.
+// below the other, row by row: a panel of 16 would be half empty at rank 8. Each part's B reads its columns of x A^T and writes its own
+// outputs. fp32 or fp16; the scale is in B.
 struct Delta {
   struct Part {
     Weight b;
     int from, to;  // first column of x A^T, first output
   };
-  Weight a{};
+  RowMatrix a{};
   std::vector<Part> parts;
 };
 

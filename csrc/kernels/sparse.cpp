@@ -30,18 +30,19 @@ LP_INLINE float dot(const void* row, const float* x, int width) {
 }
 
 template <bool HALF>
-void dots_of(const RowMatrix& w, const int32_t* ids, int from, int to, const float* x, int rows, float* y, long y_stride) {
+void dots_of(const RowMatrix& w, const int32_t* ids, int from, int to, const float* x, long x_stride, int rows, float* y, long y_stride) {
+  const auto chosen = [&](int i) { return row_of<HALF>(w, ids ? ids[i] : i); };
   for (int i = from; i < to; i++) {
-    const void* row = row_of<HALF>(w, ids[i]);
+    const void* row = chosen(i);
     if (i + 2 < to)  // the next but one: rows lie anywhere, so the hardware cannot guess
-      for (int b = 0; b < w.width * (HALF ? 2 : 4); b += 64) __builtin_prefetch(static_cast<const char*>(row_of<HALF>(w, ids[i + 2])) + b);
-    for (int r = 0; r < rows; r++) y[r * y_stride + i] = dot<HALF>(row, x + long(r) * w.width, w.width);
+      for (int b = 0; b < w.width * (HALF ? 2 : 4); b += 64) __builtin_prefetch(static_cast<const char*>(chosen(i + 2)) + b);
+    for (int r = 0; r < rows; r++) y[r * y_stride + i] = dot<HALF>(row, x + r * x_stride, w.width);
   }
 }
 
-void dots(const RowMatrix& w, const int32_t* ids, int from, int to, const float* x, int rows, float* y, long y_stride) {
-  if (w.half) dots_of<true>(w, ids, from, to, x, rows, y, y_stride);
-  else dots_of<false>(w, ids, from, to, x, rows, y, y_stride);
+void dots(const RowMatrix& w, const int32_t* ids, int from, int to, const float* x, long x_stride, int rows, float* y, long y_stride) {
+  if (w.half) dots_of<true>(w, ids, from, to, x, x_stride, rows, y, y_stride);
+  else dots_of<false>(w, ids, from, to, x, x_stride, rows, y, y_stride);
 }
 
 template <bool HALF>

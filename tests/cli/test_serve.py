@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,29 @@ def test_the_plan_counts_what_is_asked_for_and_says_what_would_fit() -> None:
     assert memory_plan(spec, path, Job.load(serve=asked).serve, "native", 8 << 20).fits
     assert not memory_plan(spec, path, Job.load(serve={"kv_tokens": asked["kv_tokens"] + 16}).serve, "native", 8 << 20).fits
     assert "q4" in memory_plan(spec, path, large, "native", 1 << 20).fix
+
+
+@pytest.mark.parametrize(("runner", "weights"), [("eager", "file"), ("native", "fp32"), ("native", "w8")])
+def test_the_plan_counts_adapters_as_the_runner_holds_them(runner: str, weights: str, tmp_path: Path) -> None:
+    """As many as may be loaded, of the largest one's size; the server that is then started holds exactly so many bytes."""
+    from adapters import written
+
+    from lilliput import api
+    from lilliput.models.load import load_model
+
+    model, _, _ = load_model("lilliput-tiny", "cpu")
+    for name, rank in (("a", 3), ("b", 8), ("c", 8)):
+        written(tmp_path / name, model, 1, rank, ("q_proj", "v_proj", "down_proj"))
+    keys = {"runner": runner, "weights": weights, "max_adapters": 3, "adapters": str(tmp_path)}
+    shutil.rmtree(tmp_path / "a")
+    shutil.copytree(tmp_path / "b", tmp_path / "a")
+    code, text = invoke("lilliput-tiny", "--dry-run", "--json", *(f"serve.{key}={value}" for key, value in keys.items()))
+    plan = json.loads(text[: text.rindex("}") + 1])
+    assert code == 0 and plan["total"] == plan["weights"] + plan["kv"] + plan["swap"] + plan["adapters"] + plan["step"]
+    loaded = api.load("lilliput-tiny", **keys).engine.adapters  # type: ignore[arg-type]
+    held = [loaded.find(name).lowered for name in loaded.names]  # type: ignore[union-attr]
+    assert len(held) == 3
+    assert plan["adapters"] == sum(one.bytes if runner == "native" else sum(part.nbytes for pair in one.values() for part in pair) for one in held) > 0
 
 
 def test_show_config_says_where_values_come_from() -> None:

@@ -14,7 +14,7 @@ from served import FAMILIES, SPECS, engine_of, model_of, prompts_of
 
 from lilliput.base.errors import DoesNotFit, UserError
 from lilliput.models.decoder import Decoder
-from lilliput.models.native import lower_adapter
+from lilliput.models.native import NativeDecoder, lower_adapter
 from lilliput.ops import native
 from lilliput.serve.adapters import Adapter, Adapters, Library, segments, together
 from lilliput.serve.beams import Beam
@@ -241,12 +241,12 @@ def test_bit_equal_alone_in_a_crowd_and_in_chunks() -> None:
 
 
 @compiled
-def test_adapters_that_half_precision_holds_take_half_the_bytes() -> None:
-    """And nothing is lost: products widen them."""
+def test_adapters_in_half_precision_take_half_the_bytes() -> None:
+    """Products widen them: what fp16 holds exactly loses nothing."""
     model = model_of("llama")
     whole = pairs_of(model, SEEDS["two"], 4, TARGETS["two"])
     halves = {path: (a.half().float(), b.half().float()) for path, (a, b) in whole.items()}
-    small, large = lower_adapter(model.spec, halves), lower_adapter(model.spec, whole)
+    small, large = lower_adapter(model.spec, halves, half=True), lower_adapter(model.spec, whole)
     assert 2 * small.bytes == large.bytes
     runner, text = Native(lowered(model), 8), prompts_of(1, seed=4)[0]
     table = Table()
@@ -255,6 +255,20 @@ def test_adapters_that_half_precision_holds_take_half_the_bytes() -> None:
     plain = Eager(model, 8)
     expected = plain.forward([Chunk(0, 0, len(text), True, table.blocks, 1, text, adapter=Adapter("a", 1, 4, plain.lower(halves)))])
     torch.testing.assert_close(logits, expected, atol=5e-4, rtol=1e-4)
+
+
+@compiled
+def test_adapters_are_as_narrow_as_the_base() -> None:
+    """fp16 beside matrices that are stored in less than fp32, fp32 beside fp32; and what fp16 has no room for is refused."""
+    model = model_of("llama")
+    pairs, read = pairs_of(model, 5), lambda name: model.get_parameter(name).detach()
+    runners = {weights: Native(NativeDecoder(model.spec, read, weights=weights), 1) for weights in ("fp32", "fp16", "w8")}  # type: ignore[arg-type]
+    sizes = {weights: runner.lower(pairs).bytes for weights, runner in runners.items()}
+    assert sizes["fp32"] == 2 * sizes["fp16"] == 2 * sizes["w8"] == lower_adapter(model.spec, pairs).bytes
+    a, b = pairs["layers.0.attn.q_proj"]
+    with pytest.raises(UserError, match="no room"):
+        runners["w8"].lower({"layers.0.attn.q_proj": (a, 1e6 * b)})
+    runners["fp32"].lower({"layers.0.attn.q_proj": (a, 1e6 * b)})
 
 
 # ---- files

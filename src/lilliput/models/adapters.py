@@ -11,18 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lilliput.base.errors import UserError
 from lilliput.models import safetensor
 from lilliput.models.families import checkpoint_names
 
 if TYPE_CHECKING:
+    import torch
+
     from lilliput.models.spec import DecoderSpec
+
+    Pair = tuple[torch.Tensor, torch.Tensor]  # A [rank, in], B [out, rank]
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-Pair = tuple[torch.Tensor, torch.Tensor]  # A [rank, in], B [out, rank]
 
 
 def modules(spec: DecoderSpec) -> dict[str, tuple[str, Any]]:
@@ -37,6 +38,7 @@ def modules(spec: DecoderSpec) -> dict[str, tuple[str, Any]]:
 
 def write_adapter(folder: Path, spec: DecoderSpec, pairs: Mapping[str, Pair], *, rank: int, alpha: float, dropout: float) -> None:
     """Write the updates B A (scaled by alpha / rank when applied) so that peft.PeftModel.from_pretrained reads them."""
+    import torch
     from safetensors.torch import save_file
 
     places = modules(spec)
@@ -68,11 +70,25 @@ def write_adapter(folder: Path, spec: DecoderSpec, pairs: Mapping[str, Pair], *,
 
 
 def read_adapter(folder: Path, spec: DecoderSpec, scale: float) -> dict[str, Pair]:
-    """Canonical path -> (A, B) fp32, such that scale x B A is the stored update.
+    """Canonical path -> (A, B) fp32, such that scale x B A is the stored update. UserError as `ranks` says."""
+    result = {}
+    for path, (names, rank, alpha, transform) in _checked(folder, spec).items():
+        a, b = (safetensor.read(folder / WEIGHTS, name).float() for name in names)
+        result[path] = (a, (b.chunk(transform[2])[transform[1]] if is_slice(transform) else b) * (alpha / rank / scale))
+    return result
+
+
+def ranks(folder: Path, spec: DecoderSpec) -> dict[str, int]:
+    """Canonical path -> the rank of its update.
 
     UserError, from the files' headers alone, for a folder that holds no plain LoRA of this model: each tensor's name and shape must be
     what the model and the configuration say, and none may be left over.
     """
+    return {path: rank for path, (_, rank, _, _) in _checked(folder, spec).items()}
+
+
+def _checked(folder: Path, spec: DecoderSpec) -> dict[str, tuple[list[str], int, float, Any]]:
+    """Canonical path -> the names of A and B in the file, their rank and alpha, and which part of B is the path's."""
     config, entries = _config(folder), safetensor.read_header(_file(folder, WEIGHTS))
     strange = [name for name, entry in entries.items() if entry.dtype not in safetensor.FLOATS]
     if strange:
@@ -91,8 +107,7 @@ def read_adapter(folder: Path, spec: DecoderSpec, scale: float) -> dict[str, Pai
             if found != list(shape):
                 raise UserError(f"the adapter in {folder} does not fit this model", f"{name}: needs {list(shape)}, has {found}",
                                 "an adapter fits the model that it was trained on")  # fmt: skip
-        a, b = (safetensor.read(folder / WEIGHTS, name).float() for name in names)
-        result[path] = (a, (b.chunk(parts)[transform[1]] if is_slice(transform) else b) * (alpha / rank / scale))
+        result[path] = (names, rank, alpha, transform)
     left = sorted(entries.keys() - used)
     if left:
         why = f"{len(left)} of {len(entries)} tensors belong to none of its Linears: {', '.join(left[:3])}"

@@ -46,14 +46,15 @@ class NativeDecoder:
 
     def __init__(self, spec: DecoderSpec, read: Read, blocks: Blocks | None = None, weights: Weights = "file", context: int | None = None,
                  kv: str = "fp32", rotate_on_read: bool = False, sinks: int = 0) -> None:  # fmt: skip
-        """Read every tensor once and pack it. context: positions of the RoPE table (None: the model's own). kv: the codec of the caches
-        that `hidden` makes. rotate_on_read: keys lie before RoPE (ops/step.py). sinks: first tokens that layers with a window see too."""
+        """Read every tensor once and pack it (`narrow`: no matrix of a layer in fp32). context: positions of the RoPE table (None: the
+        model's own). kv: the codec of the caches that `hidden` makes. rotate_on_read: keys lie before RoPE (ops/step.py). sinks: first tokens
+        that layers with a window see too."""
         if weights not in get_args(Weights):
             raise UserError(f"unknown storage `{weights}`", f"known: {', '.join(get_args(Weights))}", "serve.weights=file")
         self.spec, self.facts, self.weights, self.kv = spec, facts(spec), weights, kv
         self.device = torch.device("cpu")
         matrices = (blocks, "fp32") if weights == "file" else (None, weights)
-        self.plan, self.stored = _lower(spec, read, *matrices, context or spec.context, rotate_on_read, sinks)
+        self.plan, self.stored, self.narrow = _lower(spec, read, *matrices, context or spec.context, rotate_on_read, sinks)
 
     @property
     def bytes(self) -> int:
@@ -86,9 +87,9 @@ class NativeDecoder:
         return self.head(self.hidden(tokens_BT))
 
 
-def lower_adapter(spec: DecoderSpec, pairs: Mapping[str, Pair]) -> LowRank:
-    """Updates of a model's Linears (canonical path -> (A, B), the scale in B) for the rows of a step that are an adapter's."""
-    lowered, head, kv = LowRank(spec.layers), spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+def lower_adapter(spec: DecoderSpec, pairs: Mapping[str, Pair], half: bool = False) -> LowRank:
+    """Updates of a model's Linears (canonical path -> (A, B), the scale in B) for the rows of a step that are an adapter's. half: kept in fp16."""
+    lowered, head, kv = LowRank(spec.layers, half), spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     places = {
         "qkv": (("attn.q_proj", 0), ("attn.k_proj", head), ("attn.v_proj", head + kv)),
         "out": (("attn.o_proj", 0),),
@@ -111,11 +112,11 @@ def _own_cache(model: NativeDecoder, sequences: int, tokens: int) -> tuple[KvSto
 
 def _lower(
     spec: DecoderSpec, read: Read, blocks: Blocks | None, weights: str, context: int, rotate_on_read: bool, sinks: int
-) -> tuple[StepPlan, dict[str, int]]:
+) -> tuple[StepPlan, dict[str, int], bool]:
     wide = spec.embed_dim or spec.dim
     plan = StepPlan(dim=spec.dim, heads=spec.heads, kv_heads=spec.kv_heads, head_dim=spec.head_dim, ffn=spec.ffn, vocab=spec.vocab, wide=wide,
                     act=spec.activation, scale=spec.head_dim**-0.5)  # fmt: skip
-    names, stored = spec.shapes(), {}
+    names, stored, formats = spec.shapes(), {}, set()
 
     def vector(name: str) -> Tensor | None:
         return read(name).float() if name in names else None
@@ -126,6 +127,7 @@ def _lower(
         bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
         plan.product(layer, slot, packed, bias, int8, float8=layer is not None and weights == "fp8_rows")
         stored[f"{layer}.{slot}"] = packed.bytes
+        formats.add(packed.format)
 
     for layer in range(spec.layers):
         at = f"layers.{layer}."
@@ -156,7 +158,7 @@ def _lower(
         cos, sin = rope.tables(rope.frequencies(spec.rope, spec.head_dim), torch.arange(context)[None], spec.rope.attention_factor, torch.float32)
         half = spec.head_dim // 2
         plan.rope(cos[0, :, 0, :half], sin[0, :, 0, half:], rotate_on_read)
-    return plan, stored
+    return plan, stored, "f32" not in formats
 
 
 def _pack(names: list[str], read: Read, blocks: Blocks | None, weights: str) -> tuple[PackedWeight, bool]:

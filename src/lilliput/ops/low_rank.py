@@ -4,8 +4,9 @@ Rows of one adapter lie side by side, so a batch is a few segments: x A^T of all
 small tasks whatever their number (SGMV of Punica). Nothing is padded to the largest rank and nothing is merged. A row's sums are
 those of the row alone, so an adapter's answer is bit-equal in any batch, as everything else on the native plan is.
 
-Cost: 2 rank (inputs + outputs) flops a row and product, and each adapter's matrices read once a step (12 MB for a 135M model at rank 8 in
-fp32, half of it in fp16): with a 4-bit base of 98 MB and one row an adapter, eight adapters in fp32 double what a step reads.
+Cost: 2 rank (inputs + outputs) flops a row and product, and each adapter's matrices read once a step: 9.8 MB for a 135M model at rank 8 in
+fp32. Beside a base in 4 bits (98 MB) eight of those nearly double what a step reads, so there they are kept in fp16, whose rounding
+(2^-12 of an update) is nothing beside that of such a base.
 
 `grouped` is the same by plain torch: the eager runner's, and the reference. Chen et al. 2023 (Punica), arXiv 2310.18547, section 4.
 """
@@ -18,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lilliput.base.errors import UserError
 from lilliput.ops import float_codecs, native
-from lilliput.ops.panels import PackedWeight
 
 Pair = tuple[Tensor, Tensor]  # A [rank, inputs], B [outputs, rank]; the scale is in B
 Segment = tuple[int, int, Any]  # first row, the row after the last, whose
@@ -28,31 +29,36 @@ Segment = tuple[int, int, Any]  # first row, the row after the last, whose
 class LowRank:
     """One adapter lowered for ops/step.py: updates of the products of each layer. Owns what its native half points to."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, half: bool = False) -> None:
+        """`half`: its matrices are kept in fp16."""
         assert native.module() is not None, "ask native.missing() before lowering an adapter"
+        self._dtype = torch.float16 if half else torch.float32
         self._native = native.module().Adapter(layers)
         self._held: list[Any] = []
         self.bytes = 0
 
     def put(self, layer: int, slot: int, parts: Sequence[tuple[int, Pair]]) -> None:
-        """Update a product (its number in ops.step.LAYER_SLOTS): (first output, pair) of each part of it that has one."""
-        packed_a = _packed(torch.cat([a for _, (a, _) in parts]))
+        """Update a product (its number in ops.step.LAYER_SLOTS): (first output, pair) of each part of it that has one. UserError for numbers
+        that fp16 has no room for, where it is wanted."""
+        stacked = self._kept(torch.cat([a for _, (a, _) in parts]))
         packed, at = [], 0
         for output, (a, b) in parts:
-            packed.append((_packed(b), at, output))
+            packed.append((float_codecs.encode(self._kept(b), "f16" if self._dtype == torch.float16 else "f32"), at, output))
             at += a.shape[0]
-        self._held += [packed_a, packed]
-        self.bytes += packed_a.bytes + sum(weight.bytes for weight, _, _ in packed)
-        self._native.put(layer, slot, packed_a.native, [(weight.native, first, output) for weight, first, output in packed])
+        self._held += [stacked, packed]
+        self.bytes += stacked.nbytes + sum(weight.bytes for weight, _, _ in packed)
+        self._native.put(layer, slot, stacked.data_ptr(), *stacked.shape, stacked.dtype == torch.float16,
+                         [(weight.native, first, output) for weight, first, output in packed])  # fmt: skip
 
     def native(self) -> Any:
         """The extension's half; valid while this object lives."""
         return self._native
 
-
-def _packed(matrix: Tensor) -> PackedWeight:
-    """In half precision where that loses nothing, as for adapters that were saved so: their bytes are what a step with many adapters waits for."""
-    return float_codecs.encode(matrix, "f16" if torch.equal(matrix.half().float(), matrix.float()) else "f32")
+    def _kept(self, matrix: Tensor) -> Tensor:
+        kept = matrix.detach().to(self._dtype).contiguous()
+        if not kept.isfinite().all() and matrix.isfinite().all():
+            raise UserError("an adapter has numbers that fp16 has no room for", f"the largest is {float(matrix.abs().max()):.3g}", "serve.weights=fp32")
+        return kept
 
 
 def grouped(x: Tensor, segments: Sequence[tuple[int, int, Pair]], outputs: int) -> Tensor:

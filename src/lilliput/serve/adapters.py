@@ -9,7 +9,7 @@ is loaded again under its old name starts cold.
 
 Folders are taken from one place alone (`Library`): what lies elsewhere, also behind a symbolic link, is refused before it is opened.
 
-Cost: see ops/low_rank.py; memory, the matrices in fp32. Hu et al. 2021, arXiv 2106.09685; Chen et al. 2023 (Punica), arXiv 2310.18547.
+Cost: see ops/low_rank.py; memory, the matrices (plan/serving.py counts them). Hu et al. 2021, arXiv 2106.09685; Chen et al. 2023 (Punica), arXiv 2310.18547.
 """
 
 from __future__ import annotations

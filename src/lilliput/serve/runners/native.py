@@ -51,7 +51,7 @@ class Native:
 
     def lower(self, pairs: Mapping[str, Pair]) -> LowRank:
         """An adapter in the form that `forward` reads from chunks."""
-        return lower_adapter(self.model.spec, pairs)
+        return lower_adapter(self.model.spec, pairs, self.model.narrow)
 
     def forward(self, chunks: Sequence[Chunk], mass: Tensor | None = None) -> Tensor:
         """Logits fp32 [rows that chunks want, vocab], in order, until the next call. Writes the new keys and values; mass: ops.step.decoder_step."""
