@@ -9,12 +9,14 @@ import torch
 from served import engine_of, model_of, prompts_of
 
 from lilliput.base.errors import UserError
+from lilliput.models import hub
 from lilliput.models.decoder import Decoder
 from lilliput.models.load import load_model
 from lilliput.models.native import NativeDecoder
 from lilliput.ops import native
 from lilliput.serve.engine import Engine
 from lilliput.serve.request import Sampling
+from lilliput.serve.speculative import expected_tokens
 
 needs_native = pytest.mark.skipif(native.module() is None, reason=str(native.missing()))
 TIGHT = dict(kv_tokens=160)
@@ -106,6 +108,30 @@ def test_sampled_guesses_of_another_model_keep_the_distribution() -> None:
     freedom = int(seen.sum()) - 1
     p = float(torch.special.gammaincc(torch.tensor(freedom / 2), torch.tensor(statistic / 2)))
     assert p > 0.001, (statistic, freedom)
+
+
+@pytest.mark.parametrize("gamma", [1, 2, 4])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_narrower_sibling_guesses_as_the_formula_says(temperature: float, gamma: int) -> None:
+    """Two trained models of one tokenizer: tokens a pass are (1 - alpha^(gamma + 1)) / (1 - alpha) within 3 %, alpha = accepted guesses of those judged."""
+    model, draft = (load_model(name, "cpu")[0] for name in ("lilliput-tiny", "lilliput-tiny-draft"))
+    tokenizers = [(hub.SHIPPED / name / "tokenizer.json").read_bytes() for name in ("lilliput-tiny", "lilliput-tiny-draft")]
+    assert tokenizers[0] == tokenizers[1]
+    if native.module() is not None:
+        model, draft = lowered(model), lowered(draft)  # type: ignore[assignment]
+    tokenizer = load_model("lilliput-tiny", "cpu")[1]
+    prompts = ["The king", "O my lord, I", "Come, come, and", "What is the", "Enter", "My good", "To be, or", "Where is"]
+    how = Sampling(160, temperature=temperature, ignore_eos=True, n=4 if temperature else 1, seed=3)
+    engine, seen = always(Engine(model, tokenizer, kv_tokens=8192, draft=draft), gamma), []
+    assert engine.guesses is not None
+    engine.guesses.control.observe = lambda proposed, accepted: seen.append((proposed, accepted))  # type: ignore[method-assign]
+    said = engine.generate(prompts, how)
+    accepted = [count for proposed, count in seen if proposed == gamma]  # not those that the end of an answer cut short
+    alpha = sum(accepted) / sum(min(count + 1, gamma) for count in accepted)
+    assert 0.3 < alpha < 0.95 and len(accepted) > 300
+    assert sum(accepted) / len(accepted) + 1 == pytest.approx(expected_tokens(alpha, gamma), rel=0.03)
+    if not temperature:
+        assert [one.tokens for one in said] == [one.tokens for one in Engine(model, tokenizer, kv_tokens=8192).generate(prompts, how)]
 
 
 def test_what_cannot_guess_says_why() -> None:

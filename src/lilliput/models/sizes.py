@@ -1,7 +1,7 @@
 """Presets: name -> DecoderSpec with random weights. For training from scratch and for planning models that need no download.
 
 Published shapes give their published parameter counts (tested). Small ones of our own: gpt-nano is nanoGPT's CPU recipe
-for tinyshakespeare, llama-3m the same task at 3 million parameters, tiny the shape of the model that the package ships.
+for tinyshakespeare, llama-3m the same task at 3 million parameters, tiny and tiny-draft the shapes of the two models that the package ships.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def _gpt(family: str, vocab: int, dim: int, layers: int, heads: int, context: in
 LLAMA3 = Rope(500000.0, "llama3", 32.0, 8192)  # Llama 3.2: 8192 tokens of context before scaling
 PRESETS: dict[str, DecoderSpec] = {
     "tiny": _llama(1024, 96, 4, 4, 128, 256, kv=2, tied=True),
+    "tiny-draft": _llama(1024, 48, 2, 2, 96, 256, kv=1, tied=True),
     "gpt-nano": _gpt("gpt2", 65, 128, 4, 4, 64),
     "llama-3m": _llama(65, 256, 4, 4, 640, 256),
     "smollm2-135m": _llama(49152, 576, 30, 9, 1536, 8192, kv=3, tied=True, rope=Rope(100000.0), bos_id=1, eos_ids=(2,)),
