@@ -70,11 +70,11 @@ class Handle:
         return self.found
 
 
-def front(handle: Handle, **more: Any) -> Front:
-    return Front(handle, (LostError,), Job.load(None, ["http.max_body=2000"]).http, **more)
+def front(handle: Handle, *settings: str, **more: Any) -> Front:
+    return Front(handle, (LostError,), Job.load(None, ["http.max_body=2000", *settings]).http, **more)
 
 
-def ask(app: Any, path: str = "/v1/completions", body: bytes = b'{"prompt": "x"}', leave: asyncio.Event | None = None, **headers: str) -> Any:
+def ask(app: Any, path: str = "/v1/completions", body: bytes = b'{"prompt": "x"}', leave: asyncio.Event | None = None, method: str = "", **headers: str) -> Any:
     """(status, body) of a request through ASGI."""
 
     async def main() -> tuple[int, bytes]:
@@ -93,7 +93,7 @@ def ask(app: Any, path: str = "/v1/completions", body: bytes = b'{"prompt": "x"}
             sent.append(message)
 
         head = [(b"host", b"localhost"), *((name.encode(), value.encode()) for name, value in headers.items())]
-        scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST" if body else "GET", "scheme": "http", "path": path,
+        scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method or ("POST" if body else "GET"), "scheme": "http", "path": path,
                  "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": head, "client": ("127.0.0.1", 1), "server": ("x", 1)}  # fmt: skip
         await asyncio.wait_for(app(scope, receive, send), 20)
         status = next((message["status"] for message in sent if message["type"] == "http.response.start"), 0)
@@ -145,6 +145,20 @@ def test_what_would_reach_one_replica_alone_is_refused() -> None:
         status, text = ask(front(handle).app, path)
         assert status == 403 and b"when replicas start" in text
     assert handle.calls == []
+
+
+def test_a_preflight_is_answered_by_the_front_and_refusals_are_counted() -> None:
+    asks = {"origin": "https://page.example", "access-control-request-method": "POST"}
+    handle = Handle([LostError], [LostError], [LostError], pages={"metrics": []})
+    one = front(handle, "http.cors=https://page.example", keys=("secret",))
+    assert ask(one.app, body=b"", method="OPTIONS", **asks)[0] == 200 and handle.calls == []
+    assert ask(one.app, body=b"", method="OPTIONS", **{**asks, "origin": "https://evil.example"})[0] == 400
+    assert ask(front(handle).app, body=b"", method="OPTIONS", **asks)[0] == 405, "no origin is named"
+    key = {"authorization": "Bearer secret"}
+    assert [ask(one.app)[0], ask(one.app)[0], ask(one.app, "/reset_prefix_cache", **key)[0], ask(one.app, **key)[0]] == [401, 401, 403, 503]
+    page = ask(one.app, "/metrics", b"", **key)[1].decode()
+    for status, count in ((401, 2), (403, 1), (503, 1)):
+        assert f'lilliput:requests_refused_total{{engine="front",model_name="",status="{status}"}} {count}' in page
 
 
 def test_while_stopping_nothing_new_is_taken() -> None:

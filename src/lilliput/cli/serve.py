@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lilliput.base import env
+from lilliput.base import env, registry
 from lilliput.base.errors import DOES_NOT_FIT, OK, UserError
 from lilliput.cli import chat, common
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lilliput.serve.openai.house import House
     from lilliput.serve.openai.served import Served
 
+NOT_SHARED = "\nprefixes are not shared: serve.policy={} evicts"
 FEWER = "serve.kv_tokens=N is of each model"
 
 
@@ -66,7 +67,11 @@ def serve(
 
 
 def check(jobs: list[Job]) -> None:
-    """UserError for what several models cannot share."""
+    """UserError for what several models cannot share, and for prefix sharing that was asked for by name where the cache evicts."""
+    for job in jobs:
+        if job.serve.sharing and job.settings.sources["serve.sharing"] != "default" and evicts(job):
+            why = f"serve.policy={job.serve.policy} moves and drops a sequence's keys, and another prompt would read them"
+            raise UserError("serve.sharing=true cannot stand with this cache policy", why, "serve.sharing=false or serve.policy=full")
     if len(jobs) == 1:
         return
     http, serve = jobs[0].http, jobs[0].serve
@@ -77,6 +82,11 @@ def check(jobs: list[Job]) -> None:
         raise UserError("http.name names one model", f"{len(jobs)} are served, each under its own name", "http.name=")
     if serve.adapters:
         raise UserError("serve.adapters belongs to one model", f"{len(jobs)} are served", "serve the model that has adapters alone")
+
+
+def evicts(job: Job) -> bool:
+    """Whether the job's cache policy drops keys, so that prompts share no prefix."""
+    return bool(registry.made("kv_policy", job.serve.policy).evicts)
 
 
 def encoder(job: Job) -> Path | None:
@@ -207,4 +217,4 @@ def served(job: Job, board: Board, engine: str = "0") -> tuple[Served, str]:
     defaults: dict[str, Any] = {key: getattr(job.generate, key) for key in given - {"system", "max_tokens"}}
     library = Library(job.serve.adapters) if job.serve.adapters else None
     metrics = Metrics(name, running.stats, board, tracer=tracer, adapters=job.serve.max_adapters, engine=engine)
-    return Served(name, http, model.tokenizer, metrics, running, vectors, defaults, library), model.backend
+    return Served(name, http, model.tokenizer, metrics, running, vectors, defaults, library), model.backend + (NOT_SHARED.format(job.serve.policy) if evicts(job) else "")

@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
@@ -25,6 +26,9 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+GIVEN = frozenset(("messages", "tools", "documents", "add_generation_prompt"))
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -54,16 +58,29 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, s
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-@lru_cache(maxsize=8)
-def _compile(template: str) -> jinja2.Template:
+def _environment() -> jinja2.Environment:
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    return environment
+
+
+@lru_cache(maxsize=8)
+def _compile(template: str) -> jinja2.Template:
     try:
-        return environment.from_string(template)
+        return _environment().from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise UserError("the chat template is not valid Jinja", f"line {error.lineno}: {error.message}", "mend chat_template in the model's folder") from error
+
+
+@lru_cache(maxsize=8)
+def switches(template: str) -> frozenset[str]:
+    """What a template reads beside what render gives by itself: enable_thinking, ... UserError for one that is not Jinja."""
+    _compile(template)
+    environment = _environment()
+    found = jinja2.meta.find_undeclared_variables(environment.parse(template))
+    return frozenset(name for name in found if name not in GIVEN and name not in environment.globals and not name.endswith("_token"))
 
 
 def render(
@@ -72,8 +89,9 @@ def render(
     add_generation_prompt: bool,
     tools: Sequence[Mapping[str, Any]] | None,
     special_tokens: Mapping[str, str],
+    more: Mapping[str, Any] | None = None,
 ) -> str:
-    """The prompt string. `special_tokens`: {"bos_token": "<s>", ...} as the template's variables.
+    """The prompt string. `special_tokens`: {"bos_token": "<s>", ...} as the template's variables; `more`: variables of its own (JSON values).
 
     UserError when the template is broken, tries to leave the sandbox, or refuses the conversation.
     """
@@ -84,7 +102,7 @@ def render(
     compiled = _compile(template)
     try:
         return compiled.render(
-            messages=plain_messages, tools=plain_tools, documents=None, add_generation_prompt=add_generation_prompt, **special_tokens
+            messages=plain_messages, tools=plain_tools, documents=None, add_generation_prompt=add_generation_prompt, **special_tokens, **(more or {})
         )
     except SecurityError as error:
         raise UserError("the chat template tries to leave its sandbox", str(error), "do not use this model's template: it reaches into Python") from error

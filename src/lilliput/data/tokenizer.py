@@ -108,8 +108,9 @@ class Tokenizer:
         """A decoder for one token at a time. `after`: the ids before, when the text goes on from theirs (a blank then stays a blank)."""
         return TextStream(self, started=any(self._piece(number, True) for number in after), skip_special=skip_special)
 
-    def apply_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
-        """Messages [{"role", "content"}, ...] as the model's prompt string (encode it with special=False)."""
+    def apply_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, tools: Sequence[Mapping[str, Any]] | None = None,
+                   more: Mapping[str, Any] | None = None) -> str:  # fmt: skip
+        """Messages [{"role", "content"}, ...] as the model's prompt string (encode it with special=False). `more`: the template's own variables."""
         if self.chat_template is None:
             fix = "use a chat model (smollm2-135m), or complete plain text"
             raise UserError("this model has no chat template", "its tokenizer files hold none: it was not trained to chat", fix)
@@ -117,7 +118,7 @@ class Tokenizer:
         ids = {"bos_token": self.bos_id, "eos_token": eos_id, "pad_token": self.pad_id}
         special = {name: self.backend.id_to_token(number) for name, number in ids.items() if number is not None}
         known = {name: token for name, token in special.items() if token is not None}
-        return template.render(self.chat_template, messages, add_generation_prompt, tools, known)
+        return template.render(self.chat_template, messages, add_generation_prompt, tools, known, more)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json (from_folder and transformers read them)."""

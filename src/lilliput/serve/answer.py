@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 class StopText:
     """Finds stop strings in text that comes in pieces; holds back what may be the start of one."""
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        """`stops`: strings that end the text; none = everything passes."""
-        self.stops, self.held = stops, ""
+    def __init__(self, stops: tuple[str, ...], shown: bool = False) -> None:
+        """`stops`: strings that end the text; none = everything passes. `shown`: the text ends with the one that ended it."""
+        self.stops, self.shown, self.held = stops, shown, ""
         self.found: str | None = None
 
     def push(self, text: str) -> str:
@@ -45,7 +45,7 @@ class StopText:
         ends = [(at + len(stop), at, stop) for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if ends:
             _, at, self.found = min(ends)
-            sure, self.held = self.held[:at], ""
+            sure, self.held = self.held[: at + len(self.found) * self.shown], ""
             return sure
         keep = max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
         cut = len(self.held) - keep
@@ -117,7 +117,7 @@ class Answer:
         how = request.sampling
         self.seed = request.seed if index == 0 else seeds.key("answer", request.seed, index)
         self._guide: Guide | None = None  # made when the first token is drawn
-        self._words, self._stops, self._started = request.words(), StopText(how.stop), False
+        self._words, self._stops, self._started = request.words(), StopText(how.stop, how.include_stop), False
         self._seen: dict[int, int] = dict.fromkeys(request.prompt, 0) if request.penalised else {}  # id -> times in the answer
 
     def draw(self, position: int, vocab: int) -> ops.Draw:
@@ -148,7 +148,8 @@ class Answer:
         count = len(self.tokens)
         if token in request.ends and count > request.sampling.min_tokens:
             eos = token in request.eos and not request.sampling.ignore_eos
-            return self._end(token, "stop", logprob, top, reason=None if eos else token)
+            text = self._words.push(token) if request.sampling.include_stop else ""
+            return self._end(token, "stop", logprob, top, text, reason=None if eos else token)
         text = self._words.push(token)
         if count > request.sampling.min_tokens:
             text = self._stops.push(text)

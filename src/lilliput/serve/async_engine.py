@@ -110,6 +110,10 @@ class AsyncEngine:
         """Take no more requests for an adapter; those that run end with it. UserError where it is not loaded."""
         await self._ask(lambda: self.engine.unload(name))
 
+    async def forget_prefixes(self) -> None:
+        """Prompts find nothing any more of what was computed before now."""
+        await self._ask(lambda: self.engine.pool.forget(None))
+
     async def _ask(self, act: Callable[[], None]) -> None:
         """Run it on the engine's thread; what it raises is raised here."""
         loop = self._loop

@@ -157,10 +157,10 @@ class BlockPool:
             found.append(block)
         return found
 
-    def forget(self, salt: bytes) -> None:
-        """Nothing that was computed under this salt can be found any more; its blocks that no table holds are the next to be taken."""
+    def forget(self, salt: bytes | None) -> None:
+        """Nothing that was computed under this salt (None: any) can be found any more; its blocks that no table holds are the next to be taken."""
         for block, under in enumerate(self._salt):
-            if under != salt or self._key[block] is None:
+            if (salt is not None and under != salt) or self._key[block] is None:
                 continue
             del self._index[self._key[block]]  # type: ignore[arg-type]
             self._key[block] = None

@@ -123,7 +123,7 @@ class Engine:
         limit = self.door.limit(prompt, how)
         bad = bad_word_ids(how.bad_words, self.tokenizer)
         adapter = self.adapters.find(how.adapter)
-        made = Request(next(self._ids), prompt, how, limit, self._eos, lambda: self.tokenizer.stream(prompt), bad, adapter=adapter)
+        made = Request(next(self._ids), prompt, how, limit, self._eos, lambda: self.tokenizer.stream(prompt, how.skip_special), bad, adapter=adapter)
         made.search = Search(sampling, limit, made.ends, self.door.vocab) if isinstance(sampling, Beam) else None
         return made
 

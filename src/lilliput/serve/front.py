@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from starlette.types import Receive, Scope, Send
 
 from lilliput.base.job import Http
 from lilliput.base.version import __version__
-from lilliput.serve.http import Guard, put_page
+from lilliput.serve.http import Guard, admit_origins, put_page
 from lilliput.serve.openai.errors import ApiError
 from lilliput.serve.openai.reply import DONE, event, left, until_left
 from lilliput.serve.routing import digests, text_of
 
 TRIES = 3  # replicas that are asked for one answer
-ONE_REPLICA = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+ONE_REPLICA = dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"), "adapters are loaded from serve.adapters when replicas start")
+ONE_REPLICA |= {"/reset_prefix_cache": "restart the replicas to forget prefixes"}
 KEPT = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers", "client", "server")
 
 
@@ -36,11 +38,17 @@ class Front:
         """`keys`: any of them opens it, none = it is open; `page`: folder of the web page."""
         self.handle, self.lost, self.options = handle, lost, options
         self.ending, self.again = False, 0
+        self.refused: Counter[int] = Counter()  # by status, before a replica was asked
         self.app = FastAPI(title="Lilliput", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
         self._about()
         free = put_page(self.app, page)
         self.app.add_api_route("/{path:path}", self._pass_on, methods=["GET", "POST"])
-        self.app.add_middleware(Guard, options=options, refused=lambda status: None, keys=keys, free=free)
+        self.app.add_middleware(Guard, options=options, refused=self.refuse, keys=keys, free=free)
+        admit_origins(self.app, options)
+
+    def refuse(self, status: int) -> None:
+        """A request that no replica was asked."""
+        self.refused[status] += 1
 
     async def stop(self) -> None:
         """Take no new requests; uvicorn waits for the open ones."""
@@ -48,6 +56,7 @@ class Front:
 
     def _about(self) -> None:
         @self.app.get("/health", response_model=None)
+        @self.app.get("/ping", response_model=None)
         async def health() -> Response:
             return JSONResponse({"status": "stopping" if self.ending else "ok"}, 503 if self.ending else 200)
 
@@ -55,12 +64,19 @@ class Front:
         async def metrics() -> Response:
             mine = f"# HELP lilliput:requests_asked_again Requests whose replica had died.\n# TYPE lilliput:requests_asked_again counter\n" \
                    f"lilliput:requests_asked_again_total {self.again}\n"  # fmt: skip
+            mine += "# HELP lilliput:requests_refused_total Requests answered with an error, by status.\n# TYPE lilliput:requests_refused_total counter\n"
+            mine += "".join(f'lilliput:requests_refused_total{{engine="front",model_name="",status="{status}"}} {count}\n' for status, count in
+                            sorted(self.refused.items()))  # fmt: skip
             return Response(merged([*await self._all("metrics"), mine]), media_type="text/plain; version=0.0.4")
 
         @self.app.get("/stats", response_model=None)
         async def stats() -> Response:
             models = summed(await self._all("figures"))
             return JSONResponse({**models[0], "models": models} if models else {"models": []})
+
+        @self.app.get("/load", response_model=None)
+        async def load() -> Response:
+            return JSONResponse({"server_load": sum(one["requests"] for one in summed(await self._all("figures")))})
 
     async def _all(self, method: str) -> list[Any]:
         """What every replica that is there says."""
@@ -69,9 +85,10 @@ class Front:
 
     async def _pass_on(self, request: Request) -> Response:
         refusal = ApiError("the server is stopping", status=503) if self.ending else None
-        if request.url.path in ONE_REPLICA:
-            refusal = ApiError("it would reach one replica alone: adapters are loaded from serve.adapters when replicas start", status=403)
+        if (why := ONE_REPLICA.get(request.url.path)) is not None:
+            refusal = ApiError(f"it would reach one replica alone: {why}", status=403)
         if refusal is not None:
+            self.refuse(refusal.status)
             return JSONResponse(refusal.body(), refusal.status, refusal.headers)
         body = await request.body()
         return Passed(self, {name: value for name, value in request.scope.items() if name in KEPT}, body)
@@ -122,6 +139,7 @@ class Passed(Response):
                 async for message in messages:
                     await send(message)
         except ApiError as error:
+            self._front.refuse(error.status)
             await JSONResponse(error.body(), error.status, error.headers)({"type": "http"}, left, send)  # type: ignore[arg-type]
 
 

@@ -1,7 +1,7 @@
 """The HTTP server: OpenAI's API, health, metrics and the web page, in one process beside the engines' threads.
 
     POST /v1/chat/completions  /v1/completions  /v1/responses  /v1/embeddings  /tokenize  /detokenize  /v1/[un]load_lora_adapter
-    GET  /v1/models  /health  /version  /metrics  /stats  /openapi.json  /
+    POST /reset_prefix_cache    GET  /v1/models  /health  /ping  /load  /version  /metrics  /stats  /openapi.json  /
 
 It listens on loopback and answers only to names of this machine there, so that no web page can reach it through a name of its own (DNS
 rebinding). Keys guard everything but /health and the page's files. Pages of other origins get nothing unless http.cors names them.
@@ -49,7 +49,7 @@ from lilliput.serve.traces import PARENT
 if TYPE_CHECKING:
     from lilliput.base.job import Http
 
-OPEN_PATHS = ("/health", "/")  # without a key; the page's files too
+OPEN_PATHS = ("/health", "/ping", "/")  # without a key; the page's files too
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 WARM_AFTER = 2.0  # seconds; the first answer comes first
 GONE = 499  # nginx's word for a client that left; nobody reads it
@@ -74,10 +74,15 @@ def application(house: House, keys: tuple[str, ...] = (), page: Path | None = No
     _about(app, house)
     free = put_page(app, page)
     app.add_middleware(Guard, options=options, refused=house.refused, keys=keys, free=free)
+    admit_origins(app, options)
+    return app
+
+
+def admit_origins(app: FastAPI, options: Http) -> None:
+    """Answers to the browsers of pages that http.cors names; added last, so that a preflight needs no key."""
     origins = [options.cors] if isinstance(options.cors, str) else list(options.cors)
     if any(origins):
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
-    return app
 
 
 def put_page(app: FastAPI, page: Path | None) -> frozenset[str]:
@@ -158,6 +163,22 @@ def _about(app: FastAPI, house: House) -> None:
     @app.get("/health", response_model=None)
     async def health() -> Response:
         return JSONResponse({"status": "stopping" if house.ending else "ok"}, 503 if house.ending else 200)
+
+    @app.get("/ping", response_model=None)
+    @app.post("/ping", response_model=None)
+    async def ping() -> Response:
+        return await health()
+
+    @app.get("/load", response_model=None)
+    async def load() -> Response:
+        return JSONResponse({"server_load": sum(served.open for served in house.models)})
+
+    @app.post("/reset_prefix_cache", response_model=None)
+    async def reset_prefix_cache() -> Response:
+        for served in house.models:
+            if served.engine is not None:
+                await served.engine.forget_prefixes()
+        return Response()
 
     @app.get("/version", response_model=None)
     async def version() -> Response:

@@ -64,6 +64,8 @@ class Sampling:
     priority: int = 0  # lower runs first where the engine schedules by priority
     guide: Callable[[], Guide] | None = None  # makes a fresh guide for each answer
     adapter: str = ""  # name of a loaded LoRA adapter; empty = the model's own weights
+    include_stop: bool = False  # the text has the stop string or stop token that ended it
+    skip_special: bool = True  # control tokens show no text
 
     def __post_init__(self) -> None:
         """UserError for a value out of range."""

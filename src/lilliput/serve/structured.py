@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lilliput.data.tokenizer import Tokenizer
+    from lilliput.serve.request import Guide
 
 Json = dict[str, Any]
 STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -135,6 +136,34 @@ class Matched:
     def finished(self) -> bool:
         """Whether nothing but the end can follow."""
         return bool(self._matcher.is_stopped())
+
+
+class Among:
+    """A guide that allows these tokens alone, and of them what another guide allows."""
+
+    def __init__(self, ids: Sequence[int], vocab: int, other: Guide | None = None) -> None:
+        """`other`: says what may come, and when it ends; None = nobody does."""
+        import torch
+
+        words = [0] * -(-vocab // 32)
+        for number in ids:
+            words[number // 32] |= 1 << number % 32
+        self._mask_W = torch.tensor([word - (word >> 31 << 32) for word in words], dtype=torch.int32)
+        self._other = other
+
+    def mask(self) -> Tensor:
+        """See Guide."""
+        return self._mask_W if self._other is None else self._mask_W & self._other.mask()[: len(self._mask_W)]
+
+    def accept(self, token: int) -> None:
+        """See Guide."""
+        if self._other is not None:
+            self._other.accept(token)
+
+    @property
+    def finished(self) -> bool:
+        """See Guide."""
+        return self._other is not None and self._other.finished
 
 
 class _Spelling:

@@ -288,7 +288,8 @@ def plain(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, An
         for call in message.get("tool_calls") or ():
             called = f'{{"name": {json.dumps(call["function"]["name"])}, "arguments": {_as_text(call["function"]["arguments"])}}}'
             text += ("\n" if text else "") + f"{OPEN}\n{called}\n{CLOSE}"
-        result.append({"role": role, "content": text})
+        thought = {"reasoning_content": message["reasoning_content"]} if message.get("reasoning_content") else {}
+        result.append({"role": role, "content": text, **thought})
     if listed:
         if not result or result[0]["role"] != "system":
             result.insert(0, {"role": "system", "content": "You are a helpful assistant."})

@@ -67,12 +67,21 @@ class Column {
     node.classList.add("waiting");
     this.toEnd();
     const mine = this.running = new AbortController();
-    let answer = "", drawn = true, usage = null, reason = null, first = 0;
+    let answer = "", thought = "", drawn = true, usage = null, reason = null, first = 0;
     const started = performance.now();
     const draw = () => {
       drawn = true;
       const stay = this.atEnd;
       said.replaceChildren(render(answer));
+      if (thought) {
+        const box = document.createElement("details");
+        const head = document.createElement("summary");
+        head.textContent = answer ? "thought" : "thinking";
+        box.open = !answer;
+        box.append(head, thought);
+        box.style.whiteSpace = "pre-wrap";
+        said.prepend(box);
+      }
       if (stay) this.toEnd();
     };
     try {
@@ -84,9 +93,10 @@ class Column {
         const choice = event.choices[0];
         if (!choice) continue;
         reason = choice.finish_reason || reason;
-        if (!choice.delta.content) continue;
+        if (!choice.delta.content && !choice.delta.reasoning_content) continue;
         first = first || performance.now();
-        answer += choice.delta.content;
+        thought += choice.delta.reasoning_content || "";
+        answer += choice.delta.content || "";
         if (drawn) { drawn = false; requestAnimationFrame(draw); }
       }
       draw();

@@ -8,45 +8,52 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from lilliput.base.errors import UserError
 from lilliput.serve import tools
+from lilliput.serve.openai import prompts
 from lilliput.serve.openai.errors import ApiError, from_user_error
 from lilliput.serve.openai.protocol import ChatRequest, Json, NamedTool, ResponseFormat, Structured
 from lilliput.serve.openai.reply import DONE, Events, event
 from lilliput.serve.openai.served import Run, Served
-from lilliput.serve.request import Delta
-from lilliput.serve.structured import Matched
+from lilliput.serve.reasoning import Begin, Thinking
+from lilliput.serve.request import Delta, Guide, Scored
 
 
 async def start(served: Served, body: ChatRequest) -> Chat:
     """The request, checked and ready to run. ApiError for what cannot be answered."""
     adapter = served.adapter_of(body.model)
+    served.check(body)
     bare = tools.is_bare(served.tokenizer.chat_template or "")
     functions = [] if body.tool_choice == "none" else [tool.function.plain() for tool in body.tools or ()]
-    prompt = await served.encode_chat([message.plain() for message in body.messages], functions)
-    guide = await _guide(served, body, functions, bare)
+    switches = prompts.told(served, body.chat_template_kwargs, body.reasoning_effort)
+    prompt = await prompts.of_chat(served, [message.plain() for message in body.messages], functions, switches,
+                                   opens=body.add_generation_prompt is not False, goes_on=body.continue_final_message, special=body.add_special_tokens)  # fmt: skip
+    guide = await _guide(served, body, functions, bare, prompt.at)
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    more: dict[str, Any] = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None, "guide": guide, "adapter": adapter}
+    ids = prompts.cut(served, prompt.ids, body.truncate_prompt_tokens, asked)
+    more: dict[str, Any] = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None, "adapter": adapter, "prompt_logprobs": body.prompt_logprobs}
     try:
-        sampling = body.sampling(served.room(len(prompt), asked, None), served.defaults, **more)
+        room = served.room(len(ids), asked, None)
+        sampling = body.sampling(room, served.defaults, guide=served.among(body.allowed_token_ids, guide), **more)
+        search = body.beam(room, adapter)
     except UserError as error:
         raise from_user_error(error) from error
-    run = Run(served, [prompt], sampling, "messages")
-    return Chat(run, body, [function["name"] for function in functions], bare)
+    run = Run(served, [ids], sampling, "messages", search)
+    return Chat(run, body, [function["name"] for function in functions], bare, prompt.at)
 
 
-async def _guide(served: Served, body: ChatRequest, functions: list[Json], bare: bool) -> Callable[[], Matched] | None:
+async def _guide(served: Served, body: ChatRequest, functions: list[Json], bare: bool, at: Begin) -> Callable[[], Guide] | None:
     if body.structured_outputs is not None:
         if functions or body.response_format is not None:
             raise ApiError("structured_outputs goes without tools and response_format", "structured_outputs")
-        return await structured(served, body.structured_outputs)
+        return await structured(served, body.structured_outputs, at)
     schema = schema_of(body.response_format)
     if not functions:
-        return None if schema is None else await served.guide(lambda: served.grammars.json_schema(schema), "response_format")
+        return None if schema is None else await served.guide(lambda: served.grammars.json_schema(schema), "response_format", at)
     if isinstance(body.tool_choice, NamedTool):
         functions = [function for function in functions if function["name"] == body.tool_choice.function.name]
     required, many = body.tool_choice not in (None, "auto"), body.parallel_tool_calls is not False
@@ -56,7 +63,7 @@ async def _guide(served: Served, body: ChatRequest, functions: list[Json], bare:
         if required or schema is not None:
             raise from_user_error(error, "tool_choice" if required else "response_format") from error
         return None  # free text, and calls as well as the model writes them
-    return await served.guide(lambda: grammars.grammar(tools.rule(functions, required=required, many=many, bare=bare, answer=schema)), "tools")
+    return await served.guide(lambda: grammars.grammar(tools.rule(functions, required=required, many=many, bare=bare, answer=schema)), "tools", at)
 
 
 def schema_of(wanted: ResponseFormat | None) -> Json | None:
@@ -66,10 +73,10 @@ def schema_of(wanted: ResponseFormat | None) -> Json | None:
     return {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
 
 
-async def structured(served: Served, wanted: Structured) -> Callable[[], Matched]:
+async def structured(served: Served, wanted: Structured, at: Begin = "after") -> Callable[[], Guide]:
     """The guide of vLLM's structured_outputs."""
 
-    def make() -> Callable[[], Matched]:
+    def make() -> Callable[[], Guide]:
         grammars = served.grammars
         if wanted.json_object is not None:
             return grammars.json_object()
@@ -79,17 +86,19 @@ async def structured(served: Served, wanted: Structured) -> Callable[[], Matched
             return grammars.choice(wanted.choice)
         return grammars.grammar(wanted.grammar) if wanted.grammar is not None else grammars.json_schema(wanted.json_)
 
-    return await served.guide(make, "structured_outputs")
+    return await served.guide(make, "structured_outputs", at)
 
 
 class Chat:
     """One chat completion on its way."""
 
-    def __init__(self, run: Run, body: ChatRequest, names: list[str], bare: bool) -> None:
-        """`names`: of the tools that may be called."""
+    def __init__(self, run: Run, body: ChatRequest, names: list[str], bare: bool, at: Begin) -> None:
+        """`names`: of the tools that may be called; `at`: where the answers begin."""
         self.run, self.body = run, body
-        self.answers = [Answer(run.served, names, bare) for _ in range(run.sampling.n)]
+        self.answers = [Answer(run.served, names, bare, at, body.include_reasoning) for _ in range(run.sampling.n)]
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": run.model}
+        last = body.messages[-1]  # echo puts it before the answer where both are the assistant's, as at vLLM
+        self._echo = str(last.plain()["content"]) if body.echo and last.role == "assistant" else ""
 
     async def whole(self) -> Json:
         """The one document."""
@@ -97,18 +106,33 @@ class Chat:
             async for number, delta in stream:
                 self.answers[number].take(delta)
         choices = [{"index": index, **answer.choice(self.body.logprobs is True)} for index, answer in enumerate(self.answers)]
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": self.run.usage()}
+        more: Json = {}
+        if self.body.return_token_ids:
+            more["prompt_token_ids"] = list(self.run.prompts[0])
+            choices = [{**choice, "token_ids": answer.ids} for choice, answer in zip(choices, self.answers)]
+        if self.body.prompt_logprobs is not None:
+            more["prompt_logprobs"] = prompts.scored(self.run.served, self.answers[0].prompt_logprobs)
+        for choice in choices:
+            choice["message"]["content"] = self._echo + choice["message"]["content"] if self._echo else choice["message"]["content"]
+        return {**self._head, "object": "chat.completion", "choices": choices, "usage": self.usage(), **more}
+
+    def usage(self) -> Json:
+        """Token counts so far; those of thoughts are told apart where the model thinks."""
+        thoughts = sum(answer.thoughts for answer in self.answers)
+        return self.run.usage() | ({"completion_tokens_details": {"reasoning_tokens": thoughts}} if thoughts else {})
 
     async def events(self) -> Events:
         """The stream."""
         head, wanted = {**self._head, "object": "chat.completion.chunk"}, self.body.usage_wanted
-        options = self.body.stream_options
+        options, shows = self.body.stream_options, bool(self.body.return_token_ids)
 
-        def chunk(index: int, delta: Json, logprobs: list[Json] | None = None, reason: str | None = None) -> bytes:
+        def chunk(index: int, delta: Json, logprobs: list[Json] | None = None, reason: str | None = None, more: Json | None = None, prompt: bool = False) -> bytes:
             shown = {"content": logprobs, "refusal": None} if logprobs else None
-            said = {**head, "choices": [{"index": index, "delta": delta, "logprobs": shown, "finish_reason": reason}]}
+            said = {**head, "choices": [{"index": index, "delta": delta, "logprobs": shown, "finish_reason": reason, **(more or {})}]}
+            if prompt:
+                said["prompt_token_ids"] = list(self.run.prompts[0])
             if wanted:
-                said["usage"] = self.run.usage() if options is not None and options.continuous_usage_stats else None
+                said["usage"] = self.usage() if options is not None and options.continuous_usage_stats else None
             return event(said)
 
         begun: set[int] = set()
@@ -117,28 +141,33 @@ class Chat:
                 answer = self.answers[number]
                 if number not in begun:
                     begun.add(number)
-                    yield chunk(number, {"role": "assistant", "content": ""})
+                    yield chunk(number, {"role": "assistant", "content": self._echo}, prompt=shows)
                 scores = [answer.score(delta)] if self.body.logprobs and delta.token is not None else None
                 parts = answer.take(delta)
-                if scores and not parts:
+                ids = {"token_ids": [delta.token]} if shows and delta.token is not None else None
+                if (scores or ids) and not parts:
                     parts = [{"content": ""}]
                 for at, part in enumerate(parts):
-                    yield chunk(number, part, scores if at == 0 else None)
+                    yield chunk(number, part, scores if at == 0 else None, more=ids if at == 0 else None)
                 if delta.finish_reason is not None:
                     yield chunk(number, {}, reason=answer.reason)
         if wanted:
-            yield event({**head, "choices": [], "usage": self.run.usage()})
+            yield event({**head, "choices": [], "usage": self.usage()})
         yield DONE
 
 
 class Answer:
     """One choice: its text and calls so far."""
 
-    def __init__(self, served: Served, names: list[str], bare: bool) -> None:
-        """`names`: of the tools; none = the text is never searched for calls."""
+    def __init__(self, served: Served, names: list[str], bare: bool, at: Begin = "after", shows: bool = True) -> None:
+        """`names`: of the tools; none = the text is never searched for calls. `at`: where it begins; `shows`: give the thought, too."""
         self._served = served
         self._parser = tools.Parser(names, bare) if names else None
-        self.text = ""
+        self._thinking, self._shows = Thinking(at), shows
+        self.text = self.thought = ""
+        self.thoughts = 0  # tokens
+        self.ids: list[int] = []
+        self.prompt_logprobs: Sequence[Scored | None] | None = None
         self.calls: list[Json] = []
         self.scores: list[Json] = []
         self.reason: str | None = None
@@ -146,14 +175,25 @@ class Answer:
 
     def take(self, delta: Delta) -> list[Json]:
         """Add a delta; what is new of the message, as the stream shows it."""
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
+        self.ids += [] if delta.token is None else [delta.token]
         if delta.token is not None and delta.logprob is not None:
             self.scores.append(self.score(delta))
         if delta.finish_reason is not None:
             self.reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+        self.thoughts += delta.token is not None and self._thinking.at == "inside"
+        thought, text = self._thinking.push(delta.text)
+        if delta.finish_reason is not None:
+            thought, text = (one + rest for one, rest in zip((thought, text), self._thinking.flush()))
+        parts: list[Json] = [{"reasoning_content": thought}] if thought and self._shows else []
+        self.thought += thought if self._shows else ""
+        return parts + self._spoken(text, delta)
+
+    def _spoken(self, text: str, delta: Delta) -> list[Json]:
         if self._parser is None:
-            self.text += delta.text
-            return [{"content": delta.text}] if delta.text else []
-        events = self._parser.push(delta.text)
+            self.text += text
+            return [{"content": text}] if text else []
+        events = self._parser.push(text)
         if delta.finish_reason is not None:
             events += self._parser.flush()
         if delta.finish_reason == "stop" and self._parser.calls:
@@ -183,7 +223,9 @@ class Answer:
 
     def choice(self, logprobs: bool) -> Json:
         """The whole choice, without its index."""
-        message: Json = {"role": "assistant", "content": self.text if self.text or not self.calls else None, "refusal": None}
+        message: Json = {"role": "assistant", "content": self.text if self.text or not (self.calls or self.thought) else None, "refusal": None}
+        if self.thought:
+            message["reasoning_content"] = self.thought
         if self.calls:
             message["tool_calls"] = self.calls
         shown = {"content": self.scores, "refusal": None} if logprobs else None

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from lilliput.base.errors import UserError
-from lilliput.serve.openai import chat
+from lilliput.serve.openai import chat, prompts
 from lilliput.serve.openai.errors import ApiError, from_user_error
 from lilliput.serve.openai.protocol import CompletionRequest, Json
 from lilliput.serve.openai.reply import DONE, Events, event
 from lilliput.serve.openai.served import Run, Served
-from lilliput.serve.request import Delta, Scored
+from lilliput.serve.request import Delta, Guide, Scored
 
 DEFAULT_TOKENS = 16  # as at OpenAI
 MOST_PROMPTS = 128
@@ -27,22 +28,37 @@ MOST_PROMPTS = 128
 async def start(served: Served, body: CompletionRequest) -> Completion:
     """The request, checked and ready to run. ApiError for what cannot be answered."""
     adapter = served.adapter_of(body.model)
+    served.check(body)
     asked = body.prompts()
     if not 1 <= len(asked) <= MOST_PROMPTS:
         raise ApiError(f"prompt holds {len(asked)} prompts, 1 to {MOST_PROMPTS} are taken", "prompt")
-    prompts = [await served.encode(prompt, True, "prompt") if isinstance(prompt, str) else prompt for prompt in asked]
+    ids = [await served.encode(prompt, body.add_special_tokens, "prompt") if isinstance(prompt, str) else prompt for prompt in asked]
+    cut = [prompts.cut(served, prompt, body.truncate_prompt_tokens, body.max_tokens or DEFAULT_TOKENS) for prompt in ids]
+    asked = [text if len(kept) == len(whole) else kept for text, whole, kept in zip(asked, ids, cut)]
     only_prompt = bool(body.echo) and body.max_tokens == 0
-    guide = None if body.structured_outputs is None else await chat.structured(served, body.structured_outputs)
+    guide = await _guide(served, body)
     if body.stream and (body.best_of or 1) > (body.n or 1):
         raise ApiError("best_of cannot be streamed: the best answers are known at the end", "best_of")
     more: dict[str, Any] = {"logprobs": body.logprobs, "best_of": body.best_of, "guide": guide, "adapter": adapter}
-    more["prompt_logprobs"] = body.logprobs if body.echo else None
+    more["prompt_logprobs"] = max((count for count in (body.logprobs if body.echo else None, body.prompt_logprobs) if count is not None), default=None)
     try:
-        room = 1 if only_prompt else served.room(max(map(len, prompts)), body.max_tokens, DEFAULT_TOKENS)
+        room = 1 if only_prompt else served.room(max(map(len, cut)), body.max_tokens, DEFAULT_TOKENS)
         sampling = body.sampling(room, served.defaults, **more)
+        search = body.beam(room, adapter)
     except UserError as error:
         raise from_user_error(error) from error
-    return Completion(Run(served, prompts, sampling, "prompt"), body, asked, only_prompt)
+    return Completion(Run(served, cut, sampling, "prompt", search), body, asked, only_prompt)
+
+
+async def _guide(served: Served, body: CompletionRequest) -> Callable[[], Guide] | None:
+    if body.structured_outputs is not None and body.response_format is not None:
+        raise ApiError("structured_outputs goes without response_format", "structured_outputs")
+    schema, guide = chat.schema_of(body.response_format), None
+    if body.structured_outputs is not None:
+        guide = await chat.structured(served, body.structured_outputs)
+    elif schema is not None:
+        guide = await served.guide(lambda: served.grammars.json_schema(schema), "response_format")
+    return served.among(body.allowed_token_ids, guide)
 
 
 class Completion:
@@ -77,8 +93,11 @@ class Completion:
             async for number, delta in stream:
                 answer = self.answers[number]
                 text, scores = answer.take(delta)
-                if text or scores is not None or answer.reason:
+                if text or scores is not None or answer.reason or self.body.return_token_ids:
                     choice = {"index": number, "text": text, "logprobs": scores, "finish_reason": answer.reason, "stop_reason": answer.stop_reason}
+                    if self.body.return_token_ids:
+                        choice |= {"token_ids": answer.ids[-1:] if delta.token is not None and not self.only_prompt else []}
+                        choice |= {"prompt_token_ids": list(answer.prompt)} if len(answer.ids) <= 1 else {}
                     said: Json = {**self._head, "choices": [choice]}
                     if wanted:
                         said["usage"] = self._usage() if options is not None and options.continuous_usage_stats else None
@@ -95,7 +114,10 @@ class Answer:
         """`prompt`, `ids`: what was asked, for echo."""
         self._served, self._only_prompt = served, only_prompt
         self._echo = prompt if body.echo else None
-        self._ids, self._wanted = ids, body.logprobs is not None
+        self.prompt, self._wanted, self._named = ids, body.logprobs is not None, body.logprobs or 0
+        self._tells, self._scores_prompt = bool(body.return_token_ids), body.prompt_logprobs
+        self.ids: list[int] = []
+        self._prompt_logprobs: Sequence[Scored | None] | None = None
         self.text = ""
         self.logprobs = _empty()
         self.reason: str | None = None
@@ -104,9 +126,11 @@ class Answer:
     def take(self, delta: Delta) -> tuple[str, Json | None]:
         """Add a delta; the new text and its log probabilities."""
         text, scores = "", _empty()
+        self._prompt_logprobs = self._prompt_logprobs or delta.prompt_logprobs
+        self.ids += [] if delta.token is None or self._only_prompt else [delta.token]
         if self._echo is not None:
             if self._wanted:
-                for token, scored in zip(self._ids, delta.prompt_logprobs or [None] * len(self._ids)):
+                for token, scored in zip(self.prompt, delta.prompt_logprobs or [None] * len(self.prompt)):
                     self._score(scores, token, scored)
             text, self._echo = self._echo, None
         if not self._only_prompt:
@@ -128,13 +152,17 @@ class Answer:
         into["tokens"].append(text)
         into["text_offset"].append(at)
         into["token_logprobs"].append(None if scored is None else max(scored.logprob, -9999.0))
-        named = None if scored is None else {self._served.spelled(number)[0]: value for number, value in scored.top} | {text: scored.logprob}
+        named = None if scored is None else {self._served.spelled(number)[0]: value for number, value in scored.top[: self._named]} | {text: scored.logprob}
         into["top_logprobs"].append(named)
 
     def choice(self) -> Json:
         """The whole choice, without its index."""
         logprobs = self.logprobs if self._wanted else None
-        return {"text": self.text, "logprobs": logprobs, "finish_reason": self.reason, "stop_reason": self.stop_reason}
+        found: Json = {"text": self.text, "logprobs": logprobs, "finish_reason": self.reason, "stop_reason": self.stop_reason}
+        if self._scores_prompt is not None:
+            scored = None if self._prompt_logprobs is None else [one and replace(one, top=one.top[: self._scores_prompt]) for one in self._prompt_logprobs]
+            found["prompt_logprobs"] = prompts.scored(self._served, scored)
+        return found | ({"token_ids": self.ids, "prompt_token_ids": list(self.prompt)} if self._tells else {})
 
 
 def _empty() -> Json:

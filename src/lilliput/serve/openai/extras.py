@@ -8,6 +8,7 @@ import struct
 from collections.abc import Sequence
 
 from lilliput.base.errors import UserError
+from lilliput.serve.openai import prompts
 from lilliput.serve.openai.errors import ApiError, from_user_error
 from lilliput.serve.openai.protocol import DetokenizeRequest, EmbeddingRequest, Json, LoadAdapterRequest, TokenizeRequest, UnloadAdapterRequest
 from lilliput.serve.openai.served import Served
@@ -17,7 +18,8 @@ MOST_TEXTS = 2048  # as at OpenAI
 
 async def embeddings(served: Served, body: EmbeddingRequest) -> Json:
     """A vector for each text. ApiError where embeddings are off."""
-    served.adapter_of(body.model)
+    if served.adapter_of(body.model):
+        raise ApiError(f"embeddings are of `{served.name}` itself: its second copy of the weights carries no adapter", "model")
     if served.embedder is None:
         raise ApiError("embeddings are off on this server; start it with http.embeddings=mean", "model")
     texts: Sequence[str | list[int]] = [body.input] if isinstance(body.input, str) else body.input  # type: ignore[assignment]
@@ -58,7 +60,7 @@ async def tokenize(served: Served, body: TokenizeRequest) -> Json:
     if body.prompt is not None:
         ids = await served.encode(body.prompt, body.add_special_tokens, "prompt")
     else:
-        ids = await served.encode_chat([message.plain() for message in body.messages or ()], ())
+        ids = (await prompts.of_chat(served, [message.plain() for message in body.messages or ()], ())).ids
     context = served.embedder.context if served.engine is None and served.embedder is not None else served.generator.engine.context
     spelled = [served.spelled(number)[0] for number in ids] if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": context, "tokens": ids, "token_strs": spelled}

@@ -2,7 +2,9 @@
 
 A field that is unknown or cannot be honoured is a 400 that names it; nothing is dropped silently. Fields that ask for nothing of an
 engine (user, metadata, service_tier, ...) are taken and have no effect. Beyond OpenAI's are vLLM's: top_k, min_p, repetition_penalty,
-min_tokens, stop_token_ids, ignore_eos, bad_words, priority, structured_outputs.
+min_tokens, stop_token_ids, ignore_eos, bad_words, priority, structured_outputs, prompt_logprobs, include_stop_str_in_output,
+skip_special_tokens, allowed_token_ids, truncate_prompt_tokens, add_special_tokens, return_token_ids, echo, chat_template_kwargs,
+continue_final_message, use_beam_search with length_penalty and early_stopping.
 """
 
 from __future__ import annotations
@@ -14,12 +16,21 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lilliput.base.errors import UserError
+from lilliput.serve.beams import Beam
 from lilliput.serve.request import Sampling
 
 Json = dict[str, Any]
 MOST_LOGPROBS = 20
 NOTHING: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}  # a function that says nothing takes no arguments
 Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+UNSEARCHED: dict[str, tuple[Any, ...]] = {  # field -> values that change nothing, so that a beam search takes them
+    "temperature": (0, 1), "top_p": (1,), "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,), "presence_penalty": (0,), "frequency_penalty": (0,),
+    "min_tokens": (0,), "logprobs": (False,), "prompt_logprobs": (), "stop": ([],), "bad_words": ([],), "logit_bias": ({},), "best_of": (),
+    "allowed_token_ids": (), "structured_outputs": (), "response_format": (), "tools": ([],), "stream": (False,), "echo": (False,),
+    "include_stop_str_in_output": (False,), "skip_special_tokens": (True,), "priority": (0,),
+}  # fmt: skip
 
 
 class Body(BaseModel):
@@ -53,6 +64,28 @@ class Structured(Body):
         return self
 
 
+class JsonSchema(Body):
+    """response_format.json_schema."""
+
+    name: str = "answer"
+    description: str | None = None
+    schema_: Json = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """What the answer has to be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to type json_schema, which needs it")
+        return self
+
+
 class Common(Body):
     """What completions and chat share."""
 
@@ -77,6 +110,18 @@ class Common(Body):
     bad_words: list[str] | None = None
     priority: int | None = None
     structured_outputs: Structured | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: Literal[True] = True
+    allowed_token_ids: list[int] | None = Field(None, min_length=1)
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    return_token_ids: bool | None = None
+    echo: bool | None = None
+    use_beam_search: bool = False
+    length_penalty: Number | None = None
+    early_stopping: bool | None = None
+    response_format: ResponseFormat | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -94,6 +139,12 @@ class Common(Body):
     def _stream_options_need_a_stream(self) -> Common:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed with stream=true")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs come with whole answers: stream=false")
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens is at least 1, or -1 for what the context leaves")
+        if not self.use_beam_search and (self.length_penalty is not None or self.early_stopping is not None):
+            raise ValueError("length_penalty and early_stopping need use_beam_search=true")
         return self
 
     @property
@@ -111,9 +162,21 @@ class Common(Body):
         if self.stop:
             said["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         said |= {name: tuple(value) for name, value in (("stop_ids", self.stop_token_ids), ("bad_words", self.bad_words)) if value}
+        said |= {"include_stop": self.include_stop_str_in_output, "skip_special": self.skip_special_tokens}
         if self.logit_bias:
             said["logit_bias"] = {_token_id(key): float("-inf") if value == -100 else value for key, value in self.logit_bias.items()}
         return Sampling(**{"temperature": 1.0, **defaults, **said, "max_tokens": max_tokens, **more})
+
+    def beam(self, max_tokens: int, adapter: str) -> Beam | None:
+        """The beam search that is asked for, of n beams; None where none is. UserError for what a search has no use for."""
+        if not self.use_beam_search:
+            return None
+        for name, harmless in UNSEARCHED.items():
+            if getattr(self, name, None) not in (None, *harmless):
+                raise UserError(f"{name}={getattr(self, name)!r} has no meaning in a beam search", "it draws nothing and gives whole answers at its end",
+                                f"leave {name} out")  # fmt: skip
+        return Beam(self.n or 1, max_tokens, length_penalty=1.0 if self.length_penalty is None else self.length_penalty,
+                    early_stopping=bool(self.early_stopping), ignore_eos=bool(self.ignore_eos), stop_ids=tuple(self.stop_token_ids or ()), adapter=adapter)  # fmt: skip
 
 
 def _token_id(key: str) -> int:
@@ -127,7 +190,7 @@ class CompletionRequest(Common):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     best_of: int | None = None
-    echo: bool | None = None
+    add_special_tokens: bool = True
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     suffix: None = None
 
@@ -180,6 +243,7 @@ class Message(Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+    reasoning_content: str | None = None
     annotations: list[Any] | None = None
     audio: None = None
     function_call: None = None
@@ -201,7 +265,7 @@ class Message(Body):
             calls = [{"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": _parsed(call.function.arguments)}} for call in
                      self.tool_calls]  # fmt: skip
             message["tool_calls"] = calls
-        return message | {key: value for key, value in (("name", self.name), ("tool_call_id", self.tool_call_id)) if value is not None}
+        return message | {key: value for key, value in (("name", self.name), ("tool_call_id", self.tool_call_id), ("reasoning_content", self.reasoning_content)) if value is not None}
 
 
 def _parsed(text: str) -> Any:
@@ -244,28 +308,6 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-class JsonSchema(Body):
-    """response_format.json_schema."""
-
-    name: str = "answer"
-    description: str | None = None
-    schema_: Json = Field(alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Body):
-    """What the answer has to be."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _schema_where_it_belongs(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema belongs to type json_schema, which needs it")
-        return self
-
-
 class ChatRequest(Common):
     """POST /v1/chat/completions."""
 
@@ -273,18 +315,25 @@ class ChatRequest(Common):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    response_format: ResponseFormat | None = None
     tools: list[Tool] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     store: Literal[False] | None = None
     verbosity: Literal["medium"] | None = None
-    chat_template_kwargs: None = None
+    modalities: list[Literal["text"]] | None = None
+    add_special_tokens: bool = False
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: Json | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    include_reasoning: bool = True
 
     @model_validator(mode="after")
     def _belongs_together(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
+        if self.continue_final_message and (self.add_generation_prompt or self.messages[-1].content is None):
+            raise ValueError("continue_final_message goes on from the last message's text: add_generation_prompt is false then")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise ValueError("tool_choice needs tools")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in [tool.function.name for tool in self.tools or ()]:

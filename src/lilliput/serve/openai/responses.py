@@ -10,9 +10,9 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from lilliput.serve.openai import chat
 from lilliput.serve.openai.errors import ApiError
@@ -52,6 +52,32 @@ class OutputItem(Body):
     status: str | None = None
 
 
+class Thought(Body):
+    """A piece of what the model thought."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class ReasoningItem(Body):
+    """What the model thought before its next item."""
+
+    type: Literal["reasoning"]
+    content: list[Thought] | None = None
+    summary: Annotated[list[Any], Field(max_length=0)] | None = None
+    encrypted_content: None = None
+    id: str | None = None
+    status: str | None = None
+
+
+class Reasoning(Body):
+    """How much it thinks."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    summary: None = None
+    generate_summary: None = None
+
+
 class FunctionTool(Body):
     """A function the model may call."""
 
@@ -89,7 +115,7 @@ class TextOptions(Body):
 class ResponsesRequest(Body):
     """The stateless part of OpenAI's request."""
 
-    input: str | Annotated[list[CallItem | OutputItem | MessageItem], Field(min_length=1)]
+    input: str | Annotated[list[CallItem | OutputItem | ReasoningItem | MessageItem], Field(min_length=1)]
     model: str | None = None
     instructions: str | None = None
     max_output_tokens: int | None = None
@@ -108,23 +134,38 @@ class ResponsesRequest(Body):
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    include: Annotated[list[str], Field(max_length=0)] | None = None
+    reasoning: Reasoning | None = None
+    include: list[str] | None = None
+
+    @field_validator("include")
+    @classmethod
+    def _nothing_more(cls, value: list[str] | None) -> list[str] | None:
+        if value:
+            raise ValueError(f"{value[0]} is not to be had here: nothing is stored or encrypted, and log probabilities are /v1/chat/completions'")
+        return value
 
     def as_chat(self) -> ChatRequest:
         """The same as a chat. ApiError for what does not fit together."""
         messages: list[Json] = [{"role": "system", "content": self.instructions}] if self.instructions else []
         items = [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+        thought: Json = {}  # goes with the message or the calls that follow it
         for item in items:
-            if isinstance(item, MessageItem):
-                messages.append({"role": item.role, "content": _text(item.content)})
+            if isinstance(item, ReasoningItem):
+                thought = {"reasoning_content": "".join(part.text for part in item.content or ())}
+            elif isinstance(item, MessageItem):
+                messages.append({"role": item.role, "content": _text(item.content), **(thought if item.role == "assistant" else {})})
+                thought = {}
             elif isinstance(item, OutputItem):
                 messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
             else:
                 call = {"id": item.call_id, "type": "function", "function": {"name": item.name, "arguments": item.arguments}}
                 if not messages or messages[-1]["role"] != "assistant":
-                    messages.append({"role": "assistant", "content": None, "tool_calls": []})
+                    messages.append({"role": "assistant", "content": None, "tool_calls": [], **thought})
+                    thought = {}
                 messages[-1].setdefault("tool_calls", []).append(call)
         body: Json = {name: value for name in ("model", "temperature", "top_p", "stream", "parallel_tool_calls") if (value := getattr(self, name)) is not None}
+        if self.reasoning is not None and self.reasoning.effort is not None:
+            body["reasoning_effort"] = self.reasoning.effort
         if self.tools:
             body["tools"] = [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in self.tools]
             choice = self.tool_choice
@@ -179,11 +220,18 @@ class Answering:
         yield numbered("response.created", {"response": self._document()})
         yield numbered("response.in_progress", {"response": self._document()})
         answer = self.talk.answers[0]
-        async with aclosing(self.talk.run.deltas()) as stream:
-            async for _, delta in stream:
-                for part in answer.take(delta):
-                    for kind, data in self.items.take(part):
-                        yield numbered(kind, data)
+        try:
+            async with aclosing(self.talk.run.deltas()) as stream:
+                async for _, delta in stream:
+                    for part in answer.take(delta):
+                        for kind, data in self.items.take(part):
+                            yield numbered(kind, data)
+        except ApiError as error:
+            if not self.body.stream:
+                raise
+            fault = {"code": error.code or "server_error", "message": error.message}
+            yield numbered("response.failed", {"response": {**self._document(), "status": "failed", "error": fault}})
+            return
         for kind, data in self.items.close():
             yield numbered(kind, data)
         document = self._document()
@@ -197,7 +245,7 @@ class Answering:
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": usage["prompt_tokens_details"],
             "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self.talk.answers[0].thoughts},
             "total_tokens": usage["total_tokens"],
         }
         return {
@@ -214,7 +262,7 @@ class Answering:
             "output": self.items.output,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": body.reasoning.effort if body.reasoning is not None else None, "summary": None},
             "store": False,
             "temperature": self.talk.run.sampling.temperature,
             "text": {"format": {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True, exclude_none=True)},
@@ -235,7 +283,16 @@ class Items:
         self._open = False  # the last item is not finished
 
     def take(self, part: Json) -> Iterator[tuple[str, Json]]:
-        """A piece of a chat's message: {"content": text} or {"tool_calls": [...]}."""
+        """A piece of a chat's message: {"reasoning_content": text}, {"content": text} or {"tool_calls": [...]}."""
+        if "reasoning_content" in part:
+            if not (self._open and self.output[-1]["type"] == "reasoning"):
+                yield from self.close()
+                thought: Json = {"type": "reasoning", "id": f"rs_{secrets.token_hex(12)}", "status": "in_progress", "summary": [], "content": []}
+                yield from self._begin(thought)
+                thought["content"] = [{"type": "reasoning_text", "text": ""}]
+            self.output[-1]["content"][0]["text"] += part["reasoning_content"]
+            yield "response.reasoning_text.delta", self._at({"content_index": 0, "delta": part["reasoning_content"]})
+            return
         if "content" in part:
             if not (self._open and self.output[-1]["type"] == "message"):
                 yield from self.close()
@@ -261,7 +318,9 @@ class Items:
             return
         item, self._open = self.output[-1], False
         item["status"] = "completed"
-        if item["type"] == "message":
+        if item["type"] == "reasoning":
+            yield "response.reasoning_text.done", self._at({"content_index": 0, "text": item["content"][0]["text"]})
+        elif item["type"] == "message":
             yield "response.output_text.done", self._at({"content_index": 0, "text": item["content"][0]["text"], "logprobs": []})
             yield "response.content_part.done", self._at({"content_index": 0, "part": item["content"][0]})
         else:

@@ -14,18 +14,20 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from lilliput.base.errors import UserError
-from lilliput.serve import tools
 from lilliput.serve.async_engine import AsyncEngine
 from lilliput.serve.metrics import Metrics, Watch
 from lilliput.serve.openai.errors import ApiError, from_user_error
-from lilliput.serve.request import Delta, Sampling
+from lilliput.serve.reasoning import Begin, afterwards
+from lilliput.serve.request import Delta, Guide, Sampling
 
 if TYPE_CHECKING:
     from lilliput.base.job import Http
     from lilliput.data.tokenizer import Tokenizer
     from lilliput.serve.adapters import Library
+    from lilliput.serve.beams import Beam
     from lilliput.serve.embeddings import Embedder
-    from lilliput.serve.structured import Grammars, Matched
+    from lilliput.serve.openai.protocol import Common
+    from lilliput.serve.structured import Grammars
 
 THEIRS = ("too complex", "forbid all")  # in the message of an answer that broke off because of what was asked for
 LONG = 4096  # characters; a longer text is encoded beside the event loop
@@ -51,9 +53,12 @@ class Served:
         """The compiler of structured output. UserError where it is not installed."""
         from lilliput.serve.structured import Grammars
 
-        engine = self.generator.engine
-        eos = dict.fromkeys((*self.tokenizer.eos_ids, *engine.model.spec.eos_ids))
-        return Grammars(self.tokenizer, engine.model.facts.vocab, tuple(eos))
+        return Grammars(self.tokenizer, self.generator.engine.model.facts.vocab, self.ends)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return tuple(dict.fromkeys((*self.tokenizer.eos_ids, *self.generator.engine.model.spec.eos_ids)))
 
     @property
     def generator(self) -> AsyncEngine:
@@ -76,6 +81,22 @@ class Served:
             raise ApiError(f"the model `{asked}` is not served here; this is `{self.name}`{others}", "model", 404, "model_not_found")
         return asked
 
+    def check(self, body: Common) -> None:
+        """ApiError for a field that nothing here would heed."""
+        if body.priority and not self.generator.engine.priorities:
+            raise ApiError("requests run in order of arrival here; start the server with serve.scheduling=priority", "priority")
+
+    def among(self, ids: Sequence[int] | None, guide: Callable[[], Guide] | None) -> Callable[[], Guide] | None:
+        """The guide that allows these tokens alone. ApiError for ids that do not exist."""
+        if ids is None:
+            return guide
+        from lilliput.serve.structured import Among
+
+        vocab = self.generator.engine.model.facts.vocab
+        if strangers := [number for number in ids if not 0 <= number < vocab]:
+            raise ApiError(f"token id {strangers[0]} is not in the vocabulary of {vocab}", "allowed_token_ids")
+        return lambda: Among(ids, vocab, guide and guide())
+
     def admit(self) -> None:
         """ApiError 503 when as many requests are in flight as may be, or the server is stopping."""
         if self.engine is not None and self.engine.ending:
@@ -92,24 +113,13 @@ class Served:
         except UserError as error:
             raise from_user_error(error, param) from error
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], functions: Sequence[Mapping[str, Any]]) -> list[int]:
-        """A conversation as the model's prompt."""
-        template = self.tokenizer.chat_template or ""
-        wrapped: list[dict[str, Any]] | None = [{"type": "function", "function": function} for function in functions] or None
-        if not tools.speaks_tools(template):
-            messages, wrapped = tools.plain(messages, wrapped or ()), None
+    async def guide(self, make: Callable[[], Callable[[], Guide]], param: str, at: Begin = "after") -> Callable[[], Guide]:
+        """Compile a grammar beside the event loop. `at`: where the answer begins; the grammar begins behind its thought."""
         try:
-            text = self.tokenizer.apply_chat(messages, tools=wrapped)
-        except UserError as error:
-            raise from_user_error(error, "messages") from error
-        return await self.encode(text, False, "messages")
-
-    async def guide(self, make: Callable[[], Callable[[], Matched]], param: str) -> Callable[[], Matched]:
-        """Compile a grammar beside the event loop."""
-        try:
-            return await asyncio.to_thread(make)
+            guide = await asyncio.to_thread(make)
         except UserError as error:
             raise from_user_error(error, param) from error
+        return afterwards(guide, self.tokenizer, self.generator.engine.model.facts.vocab, self.ends, at)
 
     def room(self, prompt: int, asked: int | None, otherwise: int | None) -> int:
         """max_tokens: what is asked for, else `otherwise`, else the rest of the context. ApiError where it is above the server's limit."""
@@ -132,15 +142,16 @@ class Served:
 class Run:
     """Prompts with their sampling, checked: deltas come from `deltas`, counts from `usage`."""
 
-    def __init__(self, served: Served, prompts: Sequence[Sequence[int]], sampling: Sampling, param: str) -> None:
-        """ApiError for what can never run; `param`: the field that holds the prompt."""
-        self.served, self.prompts, self.sampling = served, prompts, sampling
+    def __init__(self, served: Served, prompts: Sequence[Sequence[int]], sampling: Sampling, param: str, search: Beam | None = None) -> None:
+        """ApiError for what can never run; `param`: the field that holds the prompt; `search`: instead of drawing."""
+        self.served, self.prompts, self.sampling = served, prompts, search.sampling if search is not None else sampling
+        self.how: Sampling | Beam = search or sampling
         self.model = sampling.adapter or served.name
         self.watches: list[Watch] = []
         served.admit()
         for prompt in prompts:
             try:
-                served.generator.engine.request(prompt, sampling)
+                served.generator.engine.request(prompt, self.how)
             except UserError as error:
                 raise from_user_error(error, param) from error
 
@@ -163,7 +174,7 @@ class Run:
         self.watches.append(watch)
         first = number * self.sampling.n
         try:
-            async with contextlib.aclosing(cast(AsyncGenerator[Delta], self.served.generator.stream(self.prompts[number], self.sampling))) as stream:
+            async with contextlib.aclosing(cast(AsyncGenerator[Delta], self.served.generator.stream(self.prompts[number], self.how))) as stream:
                 async for delta in stream:
                     watch.see(delta)
                     if delta.finish_reason == "error":
