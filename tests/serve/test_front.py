@@ -93,8 +93,9 @@ def ask(app: Any, path: str = "/v1/completions", body: bytes = b'{"prompt": "x"}
             sent.append(message)
 
         head = [(b"host", b"localhost"), *((name.encode(), value.encode()) for name, value in headers.items())]
-        scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method or ("POST" if body else "GET"), "scheme": "http", "path": path,
-                 "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": head, "client": ("127.0.0.1", 1), "server": ("x", 1)}  # fmt: skip
+        scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method or ("POST" if body else "GET"), "scheme": "http",
+                 "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": head,
+                 "client": ("127.0.0.1", 1), "server": ("x", 1)}  # fmt: skip
         await asyncio.wait_for(app(scope, receive, send), 20)
         status = next((message["status"] for message in sent if message["type"] == "http.response.start"), 0)
         return status, b"".join(message.get("body", b"") for message in sent)

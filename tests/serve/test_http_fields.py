@@ -37,12 +37,14 @@ OF_CHAT: dict[str, object] = {
 }  # fmt: skip
 OF_TEXT: dict[str, object] = {"logprobs": 2, "best_of": 2}
 REFUSED: dict[str, object] = {
-    "logits_processors": ["x"], "prompt_embeds": "x", "mm_processor_kwargs": {}, "kv_transfer_params": {}, "cache_salt": "x", "vllm_xargs": {}, "request_id": "x",
+    "logits_processors": ["x"], "prompt_embeds": "x", "mm_processor_kwargs": {}, "kv_transfer_params": {}, "cache_salt": "x", "vllm_xargs": {},
+    "request_id": "x",
     "return_tokens_as_token_ids": True, "documents": [], "chat_template": "x", "guided_json": {}, "guided_regex": "x", "flat_logprobs": True,
     "thinking_token_budget": 5, "suffix": "x", "functions": [], "audio": {}, "media_io_kwargs": {}, "prediction": {}, "web_search_options": {}, "logprobs": 99,
     "spaces_between_special_tokens": False, "priority": 3, "reasoning_effort": "low", "length_penalty": 1.0,
 }  # fmt: skip
-NEEDS = {"stream_options": {"stream": True}, "top_logprobs": {"logprobs": True}, "length_penalty": {"use_beam_search": True}, "early_stopping": {"use_beam_search": True}}
+NEEDS = {"stream_options": {"stream": True}, "top_logprobs": {"logprobs": True},
+         "length_penalty": {"use_beam_search": True}, "early_stopping": {"use_beam_search": True}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,8 @@ def test_ids_in_streams_are_those_of_the_whole(client) -> None:
     how = dict(model="tiny", max_tokens=6, temperature=0, extra_body={"return_token_ids": True, "ignore_eos": True})
     whole = client.completions.create(prompt=PROMPT, **how).choices[0]
     events = list(client.completions.create(prompt=PROMPT, stream=True, **how))
-    assert [id for event in events for id in event.choices[0].model_extra["token_ids"]] == whole.model_extra["token_ids"] and len(whole.model_extra["token_ids"]) == 6
+    assert [id for event in events for id in event.choices[0].model_extra["token_ids"]] == whole.model_extra["token_ids"]
+    assert len(whole.model_extra["token_ids"]) == 6
     assert events[0].choices[0].model_extra["prompt_token_ids"] == whole.model_extra["prompt_token_ids"]
     talk = client.chat.completions.create(messages=HELLO, **how)
     events = list(client.chat.completions.create(messages=HELLO, stream=True, **how))
@@ -117,7 +120,8 @@ def test_the_stop_string_shows_where_it_is_asked_for(client) -> None:
         choice = client.completions.create(stop=stop, extra_body={"include_stop_str_in_output": shown}, **how).choices[0]
         assert choice.text == plain[: plain.index(stop) + 4 * shown] and choice.finish_reason == "stop"
     ids = client.completions.create(extra_body={"return_token_ids": True}, **how).choices[0].model_extra["token_ids"]
-    ended = [client.completions.create(extra_body={"stop_token_ids": [ids[3]], "include_stop_str_in_output": shown}, **how).choices[0].text for shown in (False, True)]
+    bodies = [{"stop_token_ids": [ids[3]], "include_stop_str_in_output": shown} for shown in (False, True)]
+    ended = [client.completions.create(extra_body=body, **how).choices[0].text for body in bodies]
     assert len(ended[0]) < len(ended[1]) and plain.startswith(ended[1])
 
 

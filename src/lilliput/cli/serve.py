@@ -217,4 +217,5 @@ def served(job: Job, board: Board, engine: str = "0") -> tuple[Served, str]:
     defaults: dict[str, Any] = {key: getattr(job.generate, key) for key in given - {"system", "max_tokens"}}
     library = Library(job.serve.adapters) if job.serve.adapters else None
     metrics = Metrics(name, running.stats, board, tracer=tracer, adapters=job.serve.max_adapters, engine=engine)
-    return Served(name, http, model.tokenizer, metrics, running, vectors, defaults, library), model.backend + (NOT_SHARED.format(job.serve.policy) if evicts(job) else "")
+    note = NOT_SHARED.format(job.serve.policy) if evicts(job) else ""
+    return Served(name, http, model.tokenizer, metrics, running, vectors, defaults, library), model.backend + note

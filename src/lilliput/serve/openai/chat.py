@@ -31,7 +31,8 @@ async def start(served: Served, body: ChatRequest) -> Chat:
     functions = [] if body.tool_choice == "none" else [tool.function.plain() for tool in body.tools or ()]
     switches = prompts.told(served, body.chat_template_kwargs, body.reasoning_effort)
     prompt = await prompts.of_chat(served, [message.plain() for message in body.messages], functions, switches,
-                                   opens=body.add_generation_prompt is not False, goes_on=body.continue_final_message, special=body.add_special_tokens)  # fmt: skip
+                                   opens=body.add_generation_prompt is not False, goes_on=body.continue_final_message,
+                                   special=body.add_special_tokens)  # fmt: skip
     guide = await _guide(served, body, functions, bare, prompt.at)
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     ids = prompts.cut(served, prompt.ids, body.truncate_prompt_tokens, asked)
@@ -126,7 +127,8 @@ class Chat:
         head, wanted = {**self._head, "object": "chat.completion.chunk"}, self.body.usage_wanted
         options, shows = self.body.stream_options, bool(self.body.return_token_ids)
 
-        def chunk(index: int, delta: Json, logprobs: list[Json] | None = None, reason: str | None = None, more: Json | None = None, prompt: bool = False) -> bytes:
+        def chunk(index: int, delta: Json, logprobs: list[Json] | None = None, reason: str | None = None, more: Json | None = None,
+                  prompt: bool = False) -> bytes:  # fmt: skip
             shown = {"content": logprobs, "refusal": None} if logprobs else None
             said = {**head, "choices": [{"index": index, "delta": delta, "logprobs": shown, "finish_reason": reason, **(more or {})}]}
             if prompt:

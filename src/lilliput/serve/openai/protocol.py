@@ -176,7 +176,8 @@ class Common(Body):
                 raise UserError(f"{name}={getattr(self, name)!r} has no meaning in a beam search", "it draws nothing and gives whole answers at its end",
                                 f"leave {name} out")  # fmt: skip
         return Beam(self.n or 1, max_tokens, length_penalty=1.0 if self.length_penalty is None else self.length_penalty,
-                    early_stopping=bool(self.early_stopping), ignore_eos=bool(self.ignore_eos), stop_ids=tuple(self.stop_token_ids or ()), adapter=adapter)  # fmt: skip
+                    early_stopping=bool(self.early_stopping), ignore_eos=bool(self.ignore_eos), stop_ids=tuple(self.stop_token_ids or ()),
+                    adapter=adapter)  # fmt: skip
 
 
 def _token_id(key: str) -> int:
@@ -265,7 +266,8 @@ class Message(Body):
             calls = [{"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": _parsed(call.function.arguments)}} for call in
                      self.tool_calls]  # fmt: skip
             message["tool_calls"] = calls
-        return message | {key: value for key, value in (("name", self.name), ("tool_call_id", self.tool_call_id), ("reasoning_content", self.reasoning_content)) if value is not None}
+        more = {"name": self.name, "tool_call_id": self.tool_call_id, "reasoning_content": self.reasoning_content}
+        return message | {key: value for key, value in more.items() if value is not None}
 
 
 def _parsed(text: str) -> Any:
