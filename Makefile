@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-KERNEL_TESTS := $(wildcard $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,adamw attention flash fused native nf4 packed paged q4 sampler sparse strip varlen) \
-	models/test_native models/test_encoder serve/test_native_runner)))
+KERNEL_TESTS := $(wildcard $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,adamw attention flash fused linear nf4 norm packed paged q4 sampler sampling sparse varlen) \
+	models/test_native models/test_encoder serve/test_native_runner serve/test_adapters)))
 NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/kernels/*.cpp)
 
 .PHONY: demo test test-slow test-sanitize lint docs bench clean

@@ -52,3 +52,15 @@ def test_two_kinds_of_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot draw") as fault:
         picture.check(tmp_path / "memory.pdf")
     assert fault.value.fix.endswith("memory.svg")
+
+
+def test_what_was_chosen_is_drawn() -> None:
+    """A budget chooses sections; the picture is of those, not of the job without them."""
+    plain = drawn()[0]
+    limit = plain.peak * 9 // 10
+    assert drawn(f"memory.device={limit}B", "memory.host=1GB")[0].peak <= limit
+
+
+def test_a_picture_makes_no_files(tmp_path: Path) -> None:
+    planned, _ = drawn("infinity.parameters=disk", "infinity.optimizer=disk", f"infinity.folder={tmp_path / 'scratch'}")
+    assert planned.peak > 0 and not (tmp_path / "scratch").exists()

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from lilliput.base.errors import UserError
 
 OP, FREE, PACK, UNPACK, DONE, RELEASE = "op", "free", "pack", "unpack", "done", "release"
-EXTERNAL = -1
 
 
 @dataclass

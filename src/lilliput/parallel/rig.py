@@ -199,8 +199,9 @@ def outline(
     clip: float,
     blocks: Callable[[str], tuple[str, Any] | None] = lambda name: None,
     plans: Mapping[str, Any] | None = None,
+    before: Phase = Phase.STEP,
 ) -> Rig:
-    """The rig of a model built on meta before anything is loaded: every act up to STORE. Arguments and refusals as `assemble` has them."""
+    """The rig of a model built on meta before anything is loaded: every act before a phase. Arguments and refusals as `assemble` has them."""
     facts = model.facts
     refuse(rooms, facts)
     model.counter.seed = seed
@@ -211,7 +212,7 @@ def outline(
         blocks=blocks, plans=plans or {},
     )  # fmt: skip
     for phase, _, act in order(rooms):
-        if phase < Phase.STEP:
+        if phase < before:
             rig = act(rig)
     return rig
 

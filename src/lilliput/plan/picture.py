@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lilliput.base import records
 from lilliput.base.errors import UserError
+from lilliput.base.protocols import Phase
 
 if TYPE_CHECKING:
     from lilliput.base.job import Job
@@ -39,8 +40,8 @@ class Timeline:
 
 def timelines(job: Job, spec: DecoderSpec, estimate: Estimate) -> tuple[Timeline, Timeline]:
     """(the job as planned, the same with every activation kept). Loads torch."""
-    rig = _outlined(job, spec, estimate, job.rooms)
-    blind = {name: room for name, room in job.rooms.items() if not _plans(room)}
+    rig = _outlined(job, spec, estimate, estimate.rooms)
+    blind = {name: room for name, room in estimate.rooms.items() if not _plans(room)}
     return _simulated("as planned", rig), _simulated("everything kept", _outlined(job, spec, estimate, blind))
 
 
@@ -77,8 +78,6 @@ def draw(planned: Timeline, plain: Timeline, path: Path, title: str) -> Path:
 
 
 def _plans(room: Any) -> bool:
-    from lilliput.base.protocols import Phase
-
     return Phase.REMAT in room.acts()
 
 
@@ -92,7 +91,10 @@ def _outlined(job: Job, spec: DecoderSpec, estimate: Estimate, rooms: Any) -> Ri
         model = Decoder(spec)
     model.dropout = job.train.dropout
     fresh = lambda name, shape, seed: init_tensor(name, shape, seed, spec)
-    return outline(model, rooms, site=estimate.site, device=torch.device("cpu"), seed=0, dtype=estimate.dtype, read=None, init=fresh, clip=job.train.clip)
+    return outline(
+        model, rooms, site=estimate.site, device=torch.device("cpu"), seed=0, dtype=estimate.dtype, read=None, init=fresh, clip=job.train.clip,
+        before=Phase.STORE,  # no tier is made, no file
+    )  # fmt: skip
 
 
 def _simulated(name: str, rig: Rig) -> Timeline:

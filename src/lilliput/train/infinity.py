@@ -8,9 +8,9 @@
 Under lora and qlora only the frozen weights rest elsewhere; the adapter and its moments stay, checkpoints are the adapter's.
 The model is built without ever being there: one parameter at a time is made, stored and let go. Losses, gradients and weights are
 bitwise those of the plain run (with tiles, gradients of inputs are summed in another order: 1e-6). Checkpoints of what is on disk cost
-nothing: the files hold two generations (28 bytes a parameter and one set of gradients), and a killed run goes on from the last one.
-Cost: matrices come twice a micro-batch (three times under remat), and 24 bytes a parameter pass the disk a step. An optimizer on disk is
-bound by it: about 25 ns a parameter at 1 GB/s. On a CPU the host is the device's own memory: only the disk frees some.
+nothing: the files hold two generations (28 bytes a parameter, one set of gradients among them), and a killed run goes on from the last one.
+Cost: matrices come twice a micro-batch (three times under remat). With all on disk a step reads 23 bytes a parameter and writes 16, and is
+bound by that: about 39 ns a parameter at 1 GB/s. On a CPU the host is the device's own memory: only the disk frees some.
 Skip it when the job fits: offload and remat move less.
 
 Rajbhandari et al. 2021, arXiv 2104.07857. Published: a trillion parameters on one DGX-2, 32 trillion on 512 V100.

@@ -7,7 +7,8 @@ tile is computed (parallel/offloaded.py). The numbers are those of the same mixe
 delay = N: from step N on the update of step i runs beside step i + 1, which still computes with the weights of step i - 1. It
 hides the host's update, and new weights go up while the backward pass moves on from the old ones, so it hides most of the link
 too; the first steps, where gradients change fast, should not have it (the paper: N = 40).
-Cost: the link's time, and 16 bytes a parameter of the host's memory (20 with a delay). CPUs compute in fp32 (a bf16 weight is
+Cost: the link's time, and 14 bytes a parameter of the host's memory (18 with a delay; 16 and 22 with several
+micro-batches a step). CPUs compute in fp32 (a bf16 weight is
 widened for its product), and there device and host are the same memory: it saves bytes only of a device that is a budget.
 Master weights are what the run writes into model/. Skip it when the optimizer fits beside the weights.
 
