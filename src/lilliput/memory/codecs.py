@@ -51,8 +51,8 @@ def _decode(stored: Tensor, count: int, codec: str) -> Tensor:
     if codec == "bf16":
         return stored.view(torch.bfloat16).float()
     if codec == "nf4":
-        padded = count + -count % 64
-        return Nf4(1, padded, double=False).decode(stored).flatten()[:count].clone() if padded > count else Nf4(1, count, double=False).decode(stored).flatten()
+        whole = Nf4(1, count + -count % 64, double=False).decode(stored).flatten()
+        return whole if whole.numel() == count else whole[:count].clone()
     out = torch.empty(count, device=stored.device)
     codes, scales = stored[:count].view(torch.float8_e4m3fn), stored[stored.numel() - 4 * -(-count // FP8_BLOCK) :].clone().view(torch.float32)
     for start in range(0, count, PIECE):

@@ -113,11 +113,15 @@ class Rig:
         """The home of a parameter."""
         return [home for pattern, home in self.homes if fnmatch.fnmatchcase(name, pattern)][-1]
 
+    def stored(self, name: str) -> torch.dtype:
+        """The dtype that a parameter is stored in."""
+        dtype: torch.dtype = getattr(torch, STORED[self.home(name).codec][0])
+        return dtype
+
     def standing(self) -> int:
         """Bytes of weights, buffers and optimizer state that the device holds from step to step; the model may be on meta."""
         held = lambda name, p: MOMENTS if p.requires_grad and self.home(name).states == "device" else 0
-        stored = lambda name: getattr(torch, STORED[self.home(name).codec][0]).itemsize
-        here = lambda name: stored(name) if self.home(name).tier == "device" else 0
+        here = lambda name: self.stored(name).itemsize if self.home(name).tier == "device" else 0
         weights = sum(p.numel() * (here(name) + held(name, p)) for name, p in self.model.named_parameters())
         return self.visits + weights + sum(b.nbytes for b in self.model.buffers())
 
@@ -237,6 +241,6 @@ def materialise(rig: Rig) -> None:
     """Give every parameter the value of the last `init` that matches its name, stored as its home says."""
 
     def value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return rig.source(name)(name, shape, rig.seed).to(device=rig.device, dtype=getattr(torch, STORED[rig.home(name).codec][0]))
+        return rig.source(name)(name, shape, rig.seed).to(device=rig.device, dtype=rig.stored(name))
 
     fill(rig.model, value)

@@ -104,12 +104,10 @@ def _simulated(name: str, rig: Rig) -> Timeline:
     from lilliput.memory.lower import lower
     from lilliput.memory.planned import Planned
     from lilliput.memory.simulate import simulate
-    from lilliput.models.checkpoints import STORED
 
     planned = rig.objective
     if not isinstance(planned, Planned):
-        stored = lambda name: getattr(torch, STORED[rig.home(name).codec][0])
-        planned = Planned(rig.objective, lambda trace: (name, {}), "cpu", stored, leave=rig.leaving())
+        planned = Planned(rig.objective, lambda trace: (name, {}), "cpu", rig.stored, leave=rig.leaving())
         tokens_BT = torch.empty(rig.site.sequences, rig.site.tokens, dtype=torch.int64, device="meta")
         planned.prepare(rig.model, MicroBatch(tokens_BT, tokens_BT.clone(), tokens_BT.numel()), False)
     schedule = max(planned.ready.values(), key=lambda ready: ready.simulation.peak["device"]).executor.schedule

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from lilliput.serve.request import Guide
+from lilliput.serve.structured import allowing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,25 +83,17 @@ class Afterwards:
 
     def __init__(self, guide: Guide, tokenizer: Tokenizer, vocab: int, ends: Sequence[int], at: Begin) -> None:
         """`ends`: tokens that may not come in a thought. A thought that the model may open itself needs `<think>` as one token."""
-        import torch
-
         opening = tokenizer.encode(OPEN)
-        self._guide, self._tokenizer = guide, tokenizer
+        self._guide, self._tokenizer, self._vocab = guide, tokenizer, vocab
         self._inside, self._tail = at == "inside", b""
         self._opens = opening[0] if at == "before" and len(opening) == 1 else None
-        self._free_W = torch.full((-(-vocab // 32),), -1, dtype=torch.int32)
-        for token in ends:
-            self._free_W[token // 32] &= ~_bit(token)
+        self._free_W = ~allowing(ends, vocab)
 
     def mask(self) -> Tensor:
         """See Guide."""
         if self._inside:
             return self._free_W
-        mask_W = self._guide.mask()
-        if self._opens is not None:
-            mask_W = mask_W.clone()
-            mask_W[self._opens // 32] |= _bit(self._opens)
-        return mask_W
+        return self._guide.mask() if self._opens is None else self._guide.mask() | allowing([self._opens], self._vocab)
 
     def accept(self, token: int) -> None:
         """See Guide."""
@@ -118,11 +111,6 @@ class Afterwards:
     def finished(self) -> bool:
         """See Guide."""
         return not self._inside and self._guide.finished
-
-
-def _bit(token: int) -> int:
-    """The token's bit as a signed word."""
-    return 1 << token % 32 if token % 32 < 31 else -(1 << 31)
 
 
 def afterwards(make: Callable[[], Guide], tokenizer: Tokenizer, vocab: int, ends: Sequence[int], at: Begin) -> Callable[[], Guide]:

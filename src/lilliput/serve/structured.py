@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -138,18 +138,22 @@ class Matched:
         return bool(self._matcher.is_stopped())
 
 
+def allowing(ids: Iterable[int], vocab: int) -> Tensor:
+    """A guide's mask of these tokens alone (ids below vocab)."""
+    import torch
+
+    words = [0] * -(-vocab // 32)
+    for number in ids:
+        words[number // 32] |= 1 << number % 32
+    return torch.tensor([word - (word >> 31 << 32) for word in words], dtype=torch.int32)
+
+
 class Among:
     """A guide that allows these tokens alone, and of them what another guide allows."""
 
     def __init__(self, ids: Sequence[int], vocab: int, other: Guide | None = None) -> None:
         """`other`: says what may come, and when it ends; None = nobody does."""
-        import torch
-
-        words = [0] * -(-vocab // 32)
-        for number in ids:
-            words[number // 32] |= 1 << number % 32
-        self._mask_W = torch.tensor([word - (word >> 31 << 32) for word in words], dtype=torch.int32)
-        self._other = other
+        self._mask_W, self._other = allowing(ids, vocab), other
 
     def mask(self) -> Tensor:
         """See Guide."""

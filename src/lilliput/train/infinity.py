@@ -163,7 +163,7 @@ class Infinity(Section):
         homes += [(f"{pattern.removesuffix('weight')}tiles.*.weight", home) for pattern, home in homes if pattern.endswith(".weight")]
         rig = replace(rig, homes=tuple(homes), init=(*rig.init, ("*.tiles.*", part)) if self.tiles > 1 else rig.init)
         visiting = {name: p for name, p in rig.model.named_parameters() if rig.home(name).tier != "device"}
-        sizes = {name: p.numel() * stored(rig, name).itemsize for name, p in visiting.items()}
+        sizes = {name: p.numel() * rig.stored(name).itemsize for name, p in visiting.items()}
         matrices = [size for name, size in sizes.items() if not stays(visiting[name])]
         residents = Residents(min(sum(matrices), VISITORS * max(matrices)))
         visits = residents.capacity + sum(sizes.values()) - sum(matrices)
@@ -184,8 +184,8 @@ class Infinity(Section):
         kinds = KINDS if learn else KINDS[:1]
         wide = {n: (p.numel(), torch.float32) for n, p in learn.items()}
         shapes = {
-            "parameters": {n: (p.numel(), stored(rig, n)) for n, p in visiting.items()}, "first": wide, "second": wide,
-            "gradients": {n: (p.numel(), stored(rig, n)) for n, p in learn.items()},
+            "parameters": {n: (p.numel(), rig.stored(n)) for n, p in visiting.items()}, "first": wide, "second": wide,
+            "gradients": {n: (p.numel(), rig.stored(n)) for n, p in learn.items()},
         }  # fmt: skip
         places = {kind: self.parameters if kind == "parameters" else self.optimizer for kind in kinds}
         copies = {kind: 2 if learn and kind != "gradients" else 1 for kind in kinds}  # what is frozen is read again from where it came from
@@ -206,7 +206,7 @@ class Infinity(Section):
                 return inner.source(name)(name, shape, seed)
 
             def make() -> Tensor:
-                value = inner.source(name)(name, shape, seed).to(device=rig.device, dtype=stored(inner, name)).contiguous()
+                value = inner.source(name)(name, shape, seed).to(device=rig.device, dtype=inner.stored(name)).contiguous()
                 return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
             return residents.take(name, make)
@@ -232,15 +232,6 @@ class Infinity(Section):
             return replace(rig, weight=value, keeper=None, close=lambda rig: residents.close())
         rig.optimizer.watch()
         return replace(rig, update=update, weight=value, keeper=rig.optimizer, close=lambda rig: rig.optimizer.close())
-
-
-def stored(rig: Rig, name: str) -> Any:
-    """The torch dtype that a parameter is stored in."""
-    import torch
-
-    from lilliput.models.checkpoints import STORED
-
-    return getattr(torch, STORED[rig.home(name).codec][0])
 
 
 def update(rig: Rig, learning_rate: float) -> float:

@@ -164,11 +164,9 @@ def under(rig: Rig, choose: Choose, stores: Callable[[Trace], Mapping[str, Store
 
     from lilliput.data.batch import MicroBatch
     from lilliput.memory.planned import Planned
-    from lilliput.models.checkpoints import STORED
 
-    stored = lambda name: getattr(torch, STORED[rig.home(name).codec][0])
     leave = rig.leaving()
-    planned = Planned(rig.objective, choose, str(rig.device), stored, stores, leave, rig.summon, rig.plans)
+    planned = Planned(rig.objective, choose, str(rig.device), rig.stored, stores, leave, rig.summon, rig.plans)
     tokens_BT = torch.empty(rig.site.sequences, rig.site.tokens, dtype=torch.int64, device="meta")
     micro = MicroBatch(tokens_BT, tokens_BT.clone(), tokens_BT.numel())
     finds = (False, True) if rig.site.micro_batches > 1 and not leave else (False,)  # gradients of the micro-batches before
