@@ -71,6 +71,12 @@ void bind_step(nb::module_& m) {
         delta.parts.clear();
         for (const auto& [b, from, to] : parts) delta.parts.push_back({b, from, to});
       });
+  m.def("low_rank", [](const std::vector<std::tuple<int, int, const Adapter*>>& adapted, Address x, long x_stride, Address y, long y_stride) {
+    std::vector<Segment> segments;
+    std::vector<float> scratch;
+    for (const auto& [row0, row1, adapter] : adapted) segments.push_back({row0, row1, &adapter->layers.at(0)[0]});
+    low_rank(segments, at<float>(x), x_stride, at<float>(y), y_stride, scratch);
+  }, Released());
   nb::class_<Plan>(m, "Plan")
       .def("__init__", [](Plan* p, int dim, int heads, int kv_heads, int head_dim, int ffn, int vocab, int wide, int act, float scale) {
         new (p) Plan();

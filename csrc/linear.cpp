@@ -24,6 +24,12 @@ constexpr int FEW = 1 << 12;  // numbers below which waking the pool costs more 
 
 }  // namespace
 
+void quantize8(const Weight& w, const float* x, long x_stride, int rows, const float* given, const Rows8& to) {
+  const auto quantize = linear_int().quantize;
+  if (long(rows) * w.inputs < FEW) quantize(w, x, x_stride, 0, rows, given, to);
+  else parallel_ranges(rows, std::max(1, FEW / 2 / w.inputs), [&](long r0, long r1) { quantize(w, x, x_stride, int(r0), int(r1), given, to); });
+}
+
 size_t rows8_bytes(const Weight& w, int rows) {
   return size_t(rows) * (size_t(w.inputs + 63) / 64 * 64 + size_t(w.groups()) * 8) + 64;
 }
@@ -33,11 +39,9 @@ void linear8(const Weight& w, const float* x, long x_stride, int rows, const flo
   auto* q = reinterpret_cast<int8_t*>((reinterpret_cast<uintptr_t>(space) + 63) & ~uintptr_t(63));
   auto* scales = reinterpret_cast<float*>(q + long(rows) * stride);
   const Rows8 to{q, scales, reinterpret_cast<int32_t*>(scales + long(rows) * groups), stride, groups};
-  const auto& kernels = linear_int();
-  const int each = std::max(1, FEW / 2 / w.inputs);
-  if (long(rows) * w.inputs < FEW) kernels.quantize(w, x, x_stride, 0, rows, given, to);
-  else parallel_ranges(rows, each, [&](long r0, long r1) { kernels.quantize(w, x, x_stride, int(r0), int(r1), given, to); });
-  each_tile(rows, w.panels(), [&](int r0, int r1, int p0, int p1) { kernels.tile(w, to, r0, r1, p0, p1, bias, y, y_stride, add); });
+  quantize8(w, x, x_stride, rows, given, to);
+  const auto tile = linear_int().tile;
+  each_tile(rows, w.panels(), [&](int r0, int r1, int p0, int p1) { tile(w, to, r0, r1, p0, p1, bias, y, y_stride, add); });
 }
 
 void linear32(const Weight& w, const float* x, long x_stride, int rows, const float* bias, float* y, long y_stride, bool add) {

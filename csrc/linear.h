@@ -56,6 +56,7 @@ LILLIPUT_DISPATCH(IntKernels, linear_int)      // formats W8, Q4
 LILLIPUT_DISPATCH(FloatKernels, linear_float)  // every format: weights are widened to fp32, x stays fp32
 
 // Whole products, tiled over the pool (linear.cpp). linear8 quantises the rows first, into `space` of rows8_bytes(w, rows).
+void quantize8(const Weight& w, const float* x, long x_stride, int rows, const float* given, const Rows8& to);
 size_t rows8_bytes(const Weight& w, int rows);
 void linear8(const Weight& w, const float* x, long x_stride, int rows, const float* given, void* space, const float* bias, float* y, long y_stride, bool add);
 void linear32(const Weight& w, const float* x, long x_stride, int rows, const float* bias, float* y, long y_stride, bool add);

@@ -139,25 +139,19 @@ void Plan::residual(const Product& p, const float* x, long x_stride, int rows, f
   each_row(rows, dim, [&](int r) { step().add(partial + long(r) * dim, to + long(r) * dim, dim); });
 }
 
-// The updates of all adapted rows of one product (SGMV: segments of rows, each with its own small matrices), in two regions whatever their
-// number: x A^T of all, then B. Each row's sums are those of the row alone, as everywhere (linear.h).
-void Plan::update(const Batch& batch, const Layer& layer, Slot slot, const float* x, long x_stride, float* y, long y_stride) {
-  if (batch.adapted_count == 0) return;
+// SGMV: in two regions whatever the number of segments, x A^T of all, then B. Each row's sums are those of the row alone, as everywhere (linear.h).
+void low_rank(const std::vector<Segment>& segments, const float* x, long x_stride, float* y, long y_stride, std::vector<float>& scratch) {
   constexpr int ROWS = 32, RANKS = 8, PANELS = 16;  // of one task
   struct Task { const Delta* delta; const Delta::Part* part; const float* x; float* low; float* y; int rows, from, to; };
   std::vector<Task> first, second;
-  const size_t at = size_t(&layer - layers.data());
   long size = 0;
   const auto each = [&](auto&& f) {
-    for (int i = 0; i < batch.adapted_count; i++) {
-      const Adapted& part = batch.adapted[i];
-      const Delta& delta = part.adapter->layers[at][size_t(slot)];
-      if (delta.a.data) for (int r = part.row0; r < part.row1; r += ROWS) f(delta, r, std::min(ROWS, part.row1 - r));
-    }
+    for (const Segment& s : segments)
+      if (s.delta->a.data) for (int r = s.row0; r < s.row1; r += ROWS) f(*s.delta, r, std::min(ROWS, s.row1 - r));
   };
   each([&](const Delta& delta, int, int rows) { size += long(rows) * delta.a.count; });
   if (size == 0) return;
-  float* low = room(scratch.low, size);
+  float* low = room(scratch, size);
   each([&](const Delta& delta, int row, int rows) {
     Task task{&delta, nullptr, x + row * x_stride, low, y + row * y_stride, rows, 0, 0};
     const auto cut = [&](std::vector<Task>& tasks, int count, int most) {
@@ -177,6 +171,16 @@ void Plan::update(const Batch& batch, const Layer& layer, Slot slot, const float
     const Task& t = second[size_t(i)];
     tile(t.part->b, t.low + t.part->from, t.delta->a.count, 0, t.rows, t.from, t.to, nullptr, t.y + t.part->to, y_stride, true);
   });
+}
+
+void Plan::update(const Batch& batch, const Layer& layer, Slot slot, const float* x, long x_stride, float* y, long y_stride) {
+  if (batch.adapted_count == 0) return;
+  std::vector<Segment> segments;
+  for (int i = 0; i < batch.adapted_count; i++) {
+    const Adapted& part = batch.adapted[i];
+    segments.push_back({part.row0, part.row1, &part.adapter->layers[size_t(&layer - layers.data())][size_t(slot)]});
+  }
+  low_rank(segments, x, x_stride, y, y_stride, scratch.low);
 }
 
 void Plan::product(const Product& p, const float* x, long x_stride, int rows, float* y, long y_stride, bool add) {

@@ -64,6 +64,14 @@ struct Delta {
   std::vector<Part> parts;
 };
 
+struct Segment {  // rows [row0, row1) that get an update
+  int row0, row1;
+  const Delta* delta;
+};
+
+// y += the update of each segment's rows. scratch grows to x A^T of all.
+void low_rank(const std::vector<Segment>& segments, const float* x, long x_stride, float* y, long y_stride, std::vector<float>& scratch);
+
 struct Adapter {
   std::vector<std::array<Delta, 4>> layers;  // by Slot
 };

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lilliput.base.errors import UserError
 from lilliput.models.decoder import Decoder
@@ -15,7 +16,7 @@ from lilliput.models.spec import DecoderSpec, Rope
 from lilliput.ops import float_codecs, native
 from lilliput.ops.fp8 import encode
 from lilliput.ops.paged import KvStore
-from lilliput.ops.step import decoder_step
+from lilliput.ops.step import STEP, decoder_step
 
 pytestmark = pytest.mark.skipif(native.module() is None, reason=str(native.missing()))
 LEVELS = native.levels()
@@ -88,6 +89,34 @@ def test_rows_in_fp8(level: str) -> None:
         apart, alone = (float((got - other).norm() / got.norm()) for other in (model(tokens), plain))
         assert apart < 0.6 * alone < 0.06, f"a number near a tie may fall to either side: {apart} from the same rounding, {alone} from weights alone"
         assert torch.equal(small(torch.cat([tokens, tokens.flip(1) * 5])[:, :20])[0], got[0])
+
+
+def test_a_step_is_a_citizen_of_torch() -> None:
+    """opcheck from tokens, and from hidden states that are written in place; the op is what `decoder_step` runs; shapes alone; one compiled graph."""
+    model = lowered(eager(LLAMA))
+    step, tokens, batch = whole_step(model, list(range(9)))
+    names = "positions_R", "cu_q", "lengths", "tables", "sampled_N"
+    rest = *(batch[name] for name in names), 0, 3
+    for start, hidden, mass in ((tokens, torch.empty(9, 64), None), (None, torch.randn(9, 64), torch.zeros(3, 1, 2, 9))):
+        torch.library.opcheck(STEP, (model.plan.handle, start, hidden, *rest, mass))
+    hidden = torch.randn(9, 64)
+    want_hidden, want = step(model.plan, None, hidden.clone(), **batch)
+    run = torch.compile(lambda x: (x := x + 0, STEP(model.plan.handle, None, x, *rest)), backend="aot_eager", fullgraph=True)
+    got_hidden, got = run(hidden)
+    assert torch.equal(got_hidden, want_hidden) and torch.equal(got, want) and not torch.equal(hidden, want_hidden)
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(batch[name]) for name in names}
+        assert step(model.plan, None, mode.from_tensor(hidden), **fake)[1].shape == want.shape
+
+
+def test_a_model_compiles_into_one_graph_as_citizen() -> None:
+    """The eager decoder with our attention and norms, forward and backward: the numbers of the plain one, bit for bit."""
+    model, tokens = eager(LLAMA).train(), torch.randint(0, 131, (2, 23), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        loss = run(tokens).square().mean()
+        gradients.append((loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients)) and all(float(g.abs().sum()) > 0 for g in gradients[0])
 
 
 @pytest.mark.parametrize("level", LEVELS)

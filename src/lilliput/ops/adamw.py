@@ -47,10 +47,7 @@ def update(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rule
     """One update of a weight and its fp32 moments, in place. key: of the rounding of bf16 weights."""
     if supports(weight, gradient) is not None:
         return reference(weight, gradient, first, second, rule, key)
-    gradient = gradient.contiguous()
-    native.module().adamw(weight.data_ptr(), gradient.data_ptr(), first.data_ptr(), second.data_ptr(), weight.numel(), weight.dtype == torch.bfloat16,
-                          *_numbers(rule), key)  # fmt: skip
-    torch.autograd.graph.increment_version((weight, first, second))  # what autograd saved of them is stale
+    (UPDATE if native.watched(weight) else _update)(weight, gradient.contiguous(), first, second, *_numbers(rule), (key + _HALF) % (2 * _HALF) - _HALF)
 
 
 @torch.no_grad()
@@ -67,12 +64,10 @@ def update_master(weight: Tensor, gradient: Tensor, first: Tensor, second: Tenso
     kinds = [t.dtype for t in given]
     assert kinds[0] == kinds[2] == kinds[3] == torch.float32 and kinds[1] in (torch.float32, torch.bfloat16), f"masters and moments are fp32, not {kinds}"
     assert kinds[4] == torch.bfloat16 and len({t.numel() for t in given}) == 1, f"the copy is bf16, of as many numbers: {kinds}, {[t.numel() for t in given]}"
-    native.module().adamw_master(weight.data_ptr(), gradient.data_ptr(), gradient.dtype == torch.float32, first.data_ptr(), second.data_ptr(),
-                                 copy.data_ptr(), weight.numel(), scale, *_numbers(rule))  # fmt: skip
-    torch.autograd.graph.increment_version((weight, first, second, copy))
+    (UPDATE_MASTER if native.watched(weight) else _update_master)(weight, gradient, first, second, copy, scale, *_numbers(rule))
 
 
-def _numbers(rule: Rule) -> tuple[float, ...]:
+def _numbers(rule: Rule) -> tuple[float, float, float, float, float, float, float]:
     b1, b2 = rule.betas
     return rule.lr, b1, b2, rule.eps, 1 - rule.lr * rule.weight_decay, 1 - b1**rule.step, (1 - b2**rule.step) ** 0.5
 
@@ -97,3 +92,26 @@ def round_stochastic(wide: Tensor, key: int) -> Tensor:
     noise = torch.randint(0, 1 << 16, wide.shape, dtype=torch.int32, device=wide.device, generator=generator)
     rounded = ((wide.view(torch.int32) + noise) & -65536).view(torch.float32)
     return torch.where(torch.isfinite(wide), rounded, wide).to(torch.bfloat16)
+
+
+_HALF = 1 << 63  # a key is 64 bits, and torch's numbers have a sign
+
+
+def _update(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, lr: float, b1: float, b2: float, eps: float, decay: float, correction1: float,
+            root2: float, key: int) -> None:  # fmt: skip
+    native.module().adamw(weight.data_ptr(), gradient.data_ptr(), first.data_ptr(), second.data_ptr(), weight.numel(), weight.dtype == torch.bfloat16,
+                          lr, b1, b2, eps, decay, correction1, root2, key % (2 * _HALF))  # fmt: skip
+    torch.autograd.graph.increment_version((weight, first, second))  # what autograd saved of them is stale
+
+
+def _update_master(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, copy: Tensor, scale: float, lr: float, b1: float, b2: float, eps: float,
+                   decay: float, correction1: float, root2: float) -> None:  # fmt: skip
+    native.module().adamw_master(weight.data_ptr(), gradient.data_ptr(), gradient.dtype == torch.float32, first.data_ptr(), second.data_ptr(),
+                                 copy.data_ptr(), weight.numel(), scale, lr, b1, b2, eps, decay, correction1, root2)  # fmt: skip
+    torch.autograd.graph.increment_version((weight, first, second, copy))
+
+
+_STATE = "Tensor(a!) weight, Tensor gradient, Tensor(b!) first, Tensor(c!) second"
+_RULE = "float lr, float b1, float b2, float eps, float decay, float correction1, float root2"
+UPDATE = native.define(f"adamw({_STATE}, {_RULE}, int key) -> ()", _update, lambda *given: None)
+UPDATE_MASTER = native.define(f"adamw_master({_STATE}, Tensor(d!) copy, float scale, {_RULE}) -> ()", _update_master, lambda *given: None)

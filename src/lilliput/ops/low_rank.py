@@ -8,7 +8,9 @@ Cost: 2 rank (inputs + outputs) flops a row and product, and each adapter's matr
 fp32. Beside a base in 4 bits (98 MB) eight of those nearly double what a step reads, so there they are kept in fp16, whose rounding
 (2^-12 of an update) is nothing beside that of such a base.
 
-`grouped` is the same by plain torch: the eager runner's, and the reference. Chen et al. 2023 (Punica), arXiv 2310.18547, section 4.
+`add_grouped` is one product's update alone. `grouped` is the same by plain torch: the eager runner's, and the reference.
+
+Chen et al. 2023 (Punica), arXiv 2310.18547, section 4.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from lilliput.base.errors import UserError
 from lilliput.ops import float_codecs, native
+from lilliput.ops.panels import PackedWeight
 
 Pair = tuple[Tensor, Tensor]  # A [rank, inputs], B [outputs, rank]; the scale is in B
 Segment = tuple[int, int, Any]  # first row, the row after the last, whose
@@ -59,6 +62,37 @@ class LowRank:
         if not kept.isfinite().all() and matrix.isfinite().all():
             raise UserError("an adapter has numbers that fp16 has no room for", f"the largest is {float(matrix.abs().max()):.3g}", "serve.weights=fp32")
         return kept
+
+
+def panels_of(b_NR: Tensor) -> Tensor:
+    """B, fp32 or fp16, as `add_grouped` takes it: [panels, rank, 16]."""
+    return float_codecs.encode(b_NR, "f16" if b_NR.dtype == torch.float16 else "f32").data
+
+
+def add_grouped(x_RK: Tensor, segments: Sequence[tuple[int, int, Pair]], y_RN: Tensor) -> Tensor:
+    """Add its update to the rows [first, last) of each segment of y, in place; contiguous fp32. Pairs: (A, `panels_of` B), both fp32 or both fp16."""
+    for x in (x_RK, y_RN):
+        assert x.dtype == torch.float32 and x.is_contiguous() and x.dim() == 2, f"rows are contiguous fp32, got {x.dtype} {tuple(x.shape)}"
+    borders, pairs = [border for *rows, _ in segments for border in rows], [pair for *_, pair in segments]
+    assert all(0 <= border <= x_RK.shape[0] for border in borders), f"segments {borders} of {x_RK.shape[0]} rows"
+    (ADD if native.watched(x_RK) else _add)(x_RK, y_RN, borders, [a.contiguous() for a, _ in pairs], [b for _, b in pairs])
+    return y_RN
+
+
+def _add(x: Tensor, y: Tensor, borders: list[int], a: list[Tensor], b: list[Tensor]) -> None:
+    module, adapted = native.module(), []
+    for first, last, down, up in zip(borders[::2], borders[1::2], a, b):
+        half, (rank, width), outputs = down.dtype == torch.float16, down.shape, y.shape[1]
+        assert width == x.shape[1] and up.shape == (-(-outputs // 16), rank, 16) and up.dtype == down.dtype, (
+            f"A {tuple(down.shape)}, B's panels {tuple(up.shape)} beside {x.shape[1]} -> {outputs}"
+        )
+        adapter = module.Adapter(1)
+        adapter.put(0, 0, down.data_ptr(), rank, width, half, [(PackedWeight("f16" if half else "f32", outputs, rank, 0, "symmetric", up).native, 0, 0)])
+        adapted.append((first, last, adapter))
+    module.low_rank(adapted, x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1])
+
+
+ADD = native.define("low_rank_add(Tensor x, Tensor(a!) y, int[] borders, Tensor[] a, Tensor[] b) -> ()", _add, lambda *given: None)
 
 
 def grouped(x: Tensor, segments: Sequence[tuple[int, int, Pair]], outputs: int) -> Tensor:

@@ -104,6 +104,8 @@ def library() -> Any:
     """The torch.library that holds the ops `lilliput::...`."""
     import torch
 
+    for constant in (module, missing):  # torch.compile asks them while it traces, instead of tracing what loads an extension
+        torch.compiler.assume_constant_result(constant)
     return torch.library.Library("lilliput", "DEF")
 
 
@@ -131,8 +133,8 @@ def watched(x: Tensor) -> bool:
     import torch
 
     return (
-        type(x) is not torch.Tensor
+        torch.compiler.is_compiling()  # first: the tracer cannot look at the stack of modes
+        or type(x) not in (torch.Tensor, torch.nn.Parameter)
         or (x.requires_grad and torch.is_grad_enabled())
         or torch._C._len_torch_dispatch_stack() > 0  # type: ignore[attr-defined]
-        or torch.compiler.is_compiling()
     )

@@ -33,6 +33,13 @@ def quantize_rows(x_RK: Tensor, group: int, static_G: Tensor | None = None) -> t
     return q.flatten(-2), scales, q.sum(-1, dtype=torch.int32)
 
 
+def rows8(x_RK: Tensor, group: int = 0, static_G: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What a product makes of fp32 rows first: (q int8 [R, K], scales fp32 [R, G]), bit for bit. Not finite: the scale is NaN."""
+    if native.module() is None or x_RK.device.type != "cpu":
+        return quantize_rows(x_RK, group, static_G)[:2]
+    return (ROWS8 if native.watched(x_RK) else _run_rows8)(x_RK.contiguous(), group, static_G)
+
+
 def supports(x: Tensor, weight: PackedWeight) -> str | None:
     """Why the extension cannot multiply these; None when it can."""
     if native.module() is None:
@@ -104,3 +111,16 @@ def _fake(x: Tensor, data: Tensor, scales: Tensor | None, offsets: Tensor | None
 
 LINEAR = native.define("linear_packed(Tensor x, Tensor data, Tensor? scales, Tensor? offsets, int format, int outputs, int group, int offset, "
                        "Tensor? bias, bool int8, Tensor? static_G) -> Tensor", _run, _fake)  # fmt: skip
+
+
+def _run_rows8(x: Tensor, group: int, static_G: Tensor | None) -> tuple[Tensor, Tensor]:
+    (q, scales), (count, width) = _fake_rows8(x, group, static_G), x.shape
+    native.module().quantize_rows(x.data_ptr(), count, width, group, 0 if static_G is None else static_G.data_ptr(), q.data_ptr(), scales.data_ptr())
+    return q, scales
+
+
+def _fake_rows8(x: Tensor, group: int, static_G: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], x.shape[1] // group if group else 1)
+
+
+ROWS8 = native.define("quantize_rows(Tensor x, int group, Tensor? static_G) -> (Tensor, Tensor)", _run_rows8, _fake_rows8)

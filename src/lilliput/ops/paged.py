@@ -50,11 +50,14 @@ class KvStore:
         areas = [self.numbers] if self.scales is None else [self.numbers, self.scales.flatten(2)]
         return [area.unflatten(2, (self.blocks, -1)).movedim(2, 0) for area in areas]
 
+    def area(self, index: int) -> tuple[Tensor, Tensor | None, int, int, int, int]:
+        """One layer as the ops take it: numbers, scales, codec, block, heads, numbers of a head."""
+        scales = None if self.scales is None else self.scales[index]
+        return self.numbers[index], scales, CODECS.index(self.codec), self.block, self.kv_heads, self.head_dim
+
     def layer(self, index: int) -> Any:
         """The extension's view of one layer; valid while this object lives."""
-        scales = (0, 0) if self.scales is None else (self.scales[index, 0].data_ptr(), self.scales[index, 1].data_ptr())
-        areas = self.numbers[index, 0].data_ptr(), self.numbers[index, 1].data_ptr()
-        return native.module().KvCache(CODECS.index(self.codec), self.block, self.kv_heads, self.head_dim, *areas, *scales)
+        return _cache(*self.area(index))
 
     @torch.inference_mode()
     def shift(self, table: Tensor, source: Tensor, target: Tensor) -> None:
@@ -100,8 +103,7 @@ def supports(head_dim: int) -> str | None:
 
 def write(store: KvStore, layer: int, k_RGD: Tensor, v_RGD: Tensor, cu_q: Tensor, lengths: Tensor, tables: Tensor) -> None:
     """Put new keys and values [rows, kv_heads, head_dim] at the last cu_q[s + 1] - cu_q[s] of the lengths[s] positions of each sequence."""
-    k, v = k_RGD.contiguous(), v_RGD.contiguous()
-    native.module().paged_write(store.layer(layer), *_batch(cu_q, lengths, tables), k.data_ptr(), v.data_ptr(), store.kv_heads * store.head_dim)
+    (WRITE if native.watched(k_RGD) else _write)(*store.area(layer), k_RGD.contiguous(), v_RGD.contiguous(), cu_q, lengths, tables)
 
 
 def attention(
@@ -113,17 +115,9 @@ def attention(
     window: a query sees itself and window - 1 keys before it, and the first `sinks`. rotate: cos and sin [positions, D / 2] when keys
     lie before RoPE. mass [sequences, kv_heads, >= longest], fp32: each key's attention probability, summed over queries and the group, is added.
     """
-    q = q_RHD.contiguous()
-    o = torch.empty_like(q)
-    if q.shape[0] == 0:
-        return o
-    width = q.shape[1] * q.shape[2]
-    angles = None if rotate is None else tuple(tiled(table) for table in rotate)
-    tables_of = (0, 0) if angles is None else (angles[0].data_ptr(), angles[1].data_ptr())
-    into = (0, 0) if mass is None else (mass.data_ptr(), mass.shape[2])
-    native.module().paged_attention(store.layer(layer), *_batch(cu_q, lengths, tables), q.shape[2] ** -0.5 if scale is None else scale, window or 0, sinks,
-                                    *tables_of, *into, q.shape[1], q.data_ptr(), width, o.data_ptr(), width)  # fmt: skip
-    return o
+    cos, sin = (None, None) if rotate is None else (tiled(table) for table in rotate)
+    numbers = q_RHD.shape[2] ** -0.5 if scale is None else scale, window or 0, sinks
+    return (ATTENTION if native.watched(q_RHD) else _attention)(q_RHD.contiguous(), *store.area(layer), cu_q, lengths, tables, *numbers, cos, sin, mass)
 
 
 def tiled(table_PD: Tensor) -> Tensor:
@@ -160,3 +154,34 @@ def _batch(cu_q: Tensor, lengths: Tensor, tables: Tensor) -> tuple[int, int, int
     for name, tensor in (("cu_q", cu_q), ("lengths", lengths), ("tables", tables)):
         assert tensor.dtype == torch.int32 and tensor.is_contiguous(), f"{name} must be contiguous int32, got {tensor.dtype}"
     return lengths.shape[0], cu_q.data_ptr(), lengths.data_ptr(), tables.data_ptr(), tables.shape[1]
+
+
+def _cache(numbers: Tensor, scales: Tensor | None, codec: int, block: int, kv_heads: int, head_dim: int) -> Any:
+    """The extension's view of one layer of a cache; valid while the tensors live."""
+    areas = (None, None) if scales is None else scales.unbind()
+    addresses = (0 if area is None else area.data_ptr() for area in (*numbers.unbind(), *areas))
+    return native.module().KvCache(codec, block, kv_heads, head_dim, *addresses)
+
+
+def _write(numbers: Tensor, scales: Tensor | None, codec: int, block: int, kv_heads: int, head_dim: int, k: Tensor, v: Tensor, cu_q: Tensor, lengths: Tensor,
+           tables: Tensor) -> None:  # fmt: skip
+    view = _cache(numbers, scales, codec, block, kv_heads, head_dim)
+    native.module().paged_write(view, *_batch(cu_q, lengths, tables), k.data_ptr(), v.data_ptr(), kv_heads * head_dim)
+
+
+def _attention(q: Tensor, numbers: Tensor, scales: Tensor | None, codec: int, block: int, kv_heads: int, head_dim: int, cu_q: Tensor, lengths: Tensor,
+               tables: Tensor, scale: float, window: int, sinks: int, cos: Tensor | None, sin: Tensor | None, mass: Tensor | None) -> Tensor:  # fmt: skip
+    o = torch.empty_like(q)
+    if q.shape[0]:
+        width, view = q.shape[1] * q.shape[2], _cache(numbers, scales, codec, block, kv_heads, head_dim)
+        angles = (0, 0) if cos is None or sin is None else (cos.data_ptr(), sin.data_ptr())
+        into = (0, 0) if mass is None else (mass.data_ptr(), mass.shape[2])
+        native.module().paged_attention(view, *_batch(cu_q, lengths, tables), scale, window, sinks, *angles, *into, q.shape[1], q.data_ptr(), width,
+                                        o.data_ptr(), width)  # fmt: skip
+    return o
+
+
+_CACHE, _WHO = "{0} numbers, {1} scales, int codec, int block, int kv_heads, int head_dim", "Tensor cu_q, Tensor lengths, Tensor tables"
+WRITE = native.define(f"paged_write({_CACHE.format('Tensor(a!)', 'Tensor(b!)?')}, Tensor k, Tensor v, {_WHO}) -> ()", _write, lambda *given: None)
+ATTENTION = native.define(f"paged_attention(Tensor q, {_CACHE.format('Tensor', 'Tensor?')}, {_WHO}, float scale, int window, int sinks, "
+                          "Tensor? cos, Tensor? sin, Tensor(a!)? mass) -> Tensor", _attention, lambda q, *given: torch.empty_like(q))  # fmt: skip

@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,21 +74,66 @@ def choose_rows(logits_NV: Tensor, draws: Sequence[Draw], top: int = 0) -> list[
     """One token a row. top: how many of the likeliest tokens to name. token -1 where the logits are not finite or the mask forbids all."""
     if supports(logits_NV) is not None:
         return [_choose_row(logits_V, draw, top) for logits_V, draw in zip(logits_NV, draws)]
-    choose, at, stride, vocab = native.module().choose, logits_NV.data_ptr(), logits_NV.stride(0), logits_NV.shape[1]
-    asked = [None if draw is GREEDY else _asked(draw) for draw in draws]
-    if not top:
-        return [Choice(*found) for found in choose(at, stride, vocab, asked, 0, 0, 0)]
-    ids, logprobs = torch.empty(len(asked), top, dtype=torch.int32), torch.empty(len(asked), top, dtype=torch.float64)
-    chosen = choose(at, stride, vocab, asked, top, ids.data_ptr(), logprobs.data_ptr())
+    if native.watched(logits_NV):
+        *columns, ids, logprobs = CHOOSE(logits_NV, *as_tensors(draws, logits_NV.shape[1]), top)
+        chosen = list(zip(*(column.tolist() for column in columns)))
+    else:
+        ids, logprobs = _tops(len(draws), top) if top else (None, None)
+        chosen = _choose_asked(logits_NV, [None if draw is GREEDY else _asked(draw) for draw in draws], ids, logprobs)
+    if ids is None or logprobs is None:
+        return [Choice(*found) for found in chosen]
     tops = zip(ids.tolist(), logprobs.tolist())
     return [Choice(token, logprob, total, tuple(zip(i, p))) for (token, logprob, total), (i, p) in zip(chosen, tops)]
 
 
-def _asked(draw: Draw) -> tuple[list[float], list[int], list[int], list[int], list[float], int]:
+Asked = tuple[list[float], list[int], list[int], list[int], list[float], int]
+
+
+def _tops(rows: int, top: int) -> tuple[Tensor, Tensor]:
+    return torch.empty(rows, top, dtype=torch.int32), torch.empty(rows, top, dtype=torch.float64)
+
+
+def _choose_asked(logits_NV: Tensor, asked: Sequence[Asked | None], ids: Tensor | None, logprobs: Tensor | None) -> Any:
+    into = (0, 0, 0) if ids is None or logprobs is None else (ids.shape[1], ids.data_ptr(), logprobs.data_ptr())
+    return native.module().choose(logits_NV.data_ptr(), logits_NV.stride(0), logits_NV.shape[1], asked, *into)  # [(token, logprob, total)]
+
+
+def _asked(draw: Draw) -> Asked:
     """A row's request as the extension takes it (csrc/bind_sampler.cpp)."""
     numbers = [draw.temperature, draw.top_k, draw.top_p, draw.min_p, draw.repetition_penalty, draw.presence_penalty, draw.frequency_penalty, draw.u]
     times, mask = draw.seen if draw.penalised else {}, 0 if draw.mask_W is None else draw.mask_W.data_ptr()
     return numbers, list(times), list(times.values()), list(draw.bias), list(draw.bias.values()), mask
+
+
+def as_tensors(draws: Sequence[Draw], vocab: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The requests as the op takes them: numbers fp64 [N, 8]; ids and times of what was seen int32 [2, all], with their borders [N + 1];
+    biased ids and biases, with theirs; masks int32 [N, words], all ones where a row has none."""
+    numbers, seen, times, ids, biases, _ = zip(*map(_asked, draws)) if draws else ((),) * 6
+    masks = torch.stack([torch.full((-(-vocab // 32),), -1, dtype=torch.int32) if draw.mask_W is None else draw.mask_W for draw in draws])
+    flat = [[number for row in rows for number in row] for rows in (seen, times, ids, biases)]
+    borders = (torch.tensor([0, *accumulate(map(len, rows))], dtype=torch.int32) for rows in (seen, ids))
+    return (torch.tensor(numbers, dtype=torch.float64), torch.tensor(flat[:2], dtype=torch.int32), next(borders), torch.tensor(flat[2], dtype=torch.int32),
+            torch.tensor(flat[3], dtype=torch.float32), next(borders), masks)  # fmt: skip
+
+
+def _run(logits: Tensor, numbers: Tensor, seen: Tensor, seen_cu: Tensor, bias_ids: Tensor, biases: Tensor, bias_cu: Tensor, masks: Tensor,
+         top: int) -> tuple[Tensor, ...]:  # fmt: skip
+    ids, times = seen.tolist()
+    parts = [pairwise(borders.tolist()) for borders in (seen_cu, bias_cu)]
+    asked = [(row, ids[a:b], times[a:b], bias_ids[c:d].tolist(), biases[c:d].tolist(), mask.data_ptr())
+             for row, mask, (a, b), (c, d) in zip(numbers.tolist(), masks.unbind(), *parts)]  # fmt: skip
+    ids, logprobs = _tops(len(asked), top)
+    token, logprob, total = zip(*_choose_asked(logits, asked, ids, logprobs))
+    return torch.tensor(token), torch.tensor(logprob, dtype=torch.float64), torch.tensor(total, dtype=torch.float64), ids, logprobs
+
+
+def _fake(logits: Tensor, numbers: Tensor, seen: Tensor, seen_cu: Tensor, bias_ids: Tensor, biases: Tensor, bias_cu: Tensor, masks: Tensor,
+          top: int) -> tuple[Tensor, ...]:  # fmt: skip
+    return (*(logits.new_empty(logits.shape[0], dtype=kind) for kind in (torch.int64, torch.float64, torch.float64)), *_tops(logits.shape[0], top))
+
+
+CHOOSE = native.define("choose_rows(Tensor logits, Tensor numbers, Tensor seen, Tensor seen_cu, Tensor bias_ids, Tensor biases, Tensor bias_cu, Tensor masks, "
+                       "int top) -> (Tensor token, Tensor logprob, Tensor total, Tensor top_ids, Tensor top_logprobs)", _run, _fake)  # fmt: skip
 
 
 def _choose_row(logits_V: Tensor, draw: Draw, top: int) -> Choice:
