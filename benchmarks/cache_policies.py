@@ -33,10 +33,9 @@ from lilliput.serve.request import Sampling
 SCORE = Sampling(1, prompt_logprobs=0, ignore_eos=True)
 
 
-def logprobs(engine: Any, ids: list[int]) -> list[float]:
-    """Of tokens 1 ... of a text."""
-    (done,) = engine.generate([ids], SCORE)
-    return [scored.logprob for scored in done.prompt_logprobs[1:]]
+def logprobs(engine: Any, *texts: list[int]) -> list[list[float]]:
+    """Of tokens 1 ... of each text; they run in one batch."""
+    return [[scored.logprob for scored in done.prompt_logprobs[1:]] for done in engine.generate(list(texts), SCORE)]
 
 
 def engine(args: argparse.Namespace, policy: str, tokens: int) -> Any:
@@ -50,7 +49,7 @@ def quality(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
     ids = lilliput.load(args.model).tokenizer.encode(read_text(args.text))
     for policy in policies:
         one = engine(args, policy, args.segment + 64)
-        found = [logprobs(one, ids[i * args.segment : (i + 1) * args.segment]) for i in range(args.segments)]
+        found = [logprobs(one, ids[i * args.segment : (i + 1) * args.segment])[0] for i in range(args.segments)]
         nll = [-x for part in found for x in part]
         tail = [-x for part in found for x in part[args.segment // 2 :]]
         most = size if policy != "full" else args.segment
@@ -70,7 +69,7 @@ def stream(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
     sides = {}
     for policy in (f"sinks:4+{size - 4}", f"sinks:0+{size}"):
         start = time.perf_counter()
-        sides[policy] = logprobs(engine(args, policy, size), ids)
+        (sides[policy],) = logprobs(engine(args, policy, size), ids)
         show.line(f"{policy}: {len(ids) / (time.perf_counter() - start):,.0f} tokens/s")
     again, rows = lilliput.load(args.model, runner="native", weights=args.weights, kv=args.kv), []
     for first in range(0, len(ids) - stretch + 1, stretch):
@@ -143,9 +142,11 @@ def anew(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
 
 
 def choices(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
-    """Accuracy on questions of three tasks, each behind the same solved examples; what the budget cannot hold leaves while they are read."""
+    """Accuracy and its standard error on questions of several tasks, each behind the same solved examples; what the budget cannot hold leaves while they
+    are read. The last columns: how much more often heavy hitters are right than the window, on the same questions."""
     rows, size = [], args.budget
     tokenizer = lilliput.load(args.model).tokenizer
+    hitters, window = f"heavy_hitter:{size // 2}+{size // 2}", f"sliding:{size}"
     for task in args.tasks:
         read = read_questions(task, args.text, args.shots + args.questions)
         solved, asked = read[: args.shots], read[args.shots :]
@@ -153,13 +154,22 @@ def choices(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
         pairs = [[encode_pair(tokenizer, before + context, continuation) for context, continuation in one.choices] for one in asked]
         read_each = round(statistics.fmean(len(p.context) + len(p.continuation) for four in pairs for p in four))
         row: dict[str, Any] = {"task": task, "questions": len(asked), "tokens": read_each}
-        for policy in ("full", f"heavy_hitter:{size // 2}+{size // 2}", f"sinks:4+{size - 4}", f"sliding:{size}"):
-            one = engine(args, policy, 2048)
-            found = [[Score(sum(logprobs(one, [*p.context, *p.continuation])[-len(p.continuation) :]), False) for p in four] for four in pairs]
-            metrics = judge(task, args.text, asked, found).metrics
-            row[policy] = " / ".join(f"{value:.3f}" for value, _ in metrics.values())
+        hits: dict[str, list[list[float]]] = {}
+        for policy in ("full", hitters, f"sinks:4+{size - 4}", window):
+            one, start = engine(args, policy, 32 * size if policy != "full" else 16 * 512), time.perf_counter()
+            scores = []
+            for at in range(0, len(pairs), args.at_once):
+                some = [p for four in pairs[at : at + args.at_once] for p in four]
+                sums = iter(sum(all_[-len(p.continuation) :]) for p, all_ in zip(some, logprobs(one, *([*p.context, *p.continuation] for p in some))))
+                scores += [[Score(next(sums), False) for _ in four] for four in pairs[at : at + args.at_once]]
+            row[policy] = " / ".join(f"{value:.3f} ± {error:.3f}" for value, error in judge(task, args.text, asked, scores).metrics.values())
+            each = [judge(task, args.text, [question], [score]).metrics.values() for question, score in zip(asked, scores)]
+            hits[policy] = [[value for value, _ in metrics] for metrics in each]
+            show.line(f"{task}, {policy}: {row[policy]}; {read_each * sum(map(len, pairs)) / (time.perf_counter() - start):,.0f} tokens/s")
+        more = [[a - b for a, b in zip(*both)] for both in zip(hits[hitters], hits[window])]
+        spread = lambda values: statistics.stdev(values) / len(values) ** 0.5
+        row["hitters - window"] = " / ".join(f"{statistics.fmean(column):+.3f} ± {spread(column):.3f}" for column in zip(*more))
         rows.append(row)
-        show.line(", ".join(f"{key} {value}" for key, value in row.items()))
     return rows
 
 
@@ -179,7 +189,8 @@ def main() -> int:
     options.add_argument("--rounds", type=int, default=7)
     options.add_argument("--shots", type=int, default=8, help="solved examples before each question")
     options.add_argument("--tasks", nargs="+", default=["arc_easy", "piqa", "openbookqa"])
-    options.add_argument("--questions", type=int, default=100)
+    options.add_argument("--questions", type=int, default=100, help="of each task; more than there are: all")
+    options.add_argument("--at-once", type=int, default=6, help="questions in a batch")
     options.add_argument("--json", action="store_true")
     args = options.parse_args()
     show = Show(json=args.json)

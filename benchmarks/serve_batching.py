@@ -2,11 +2,16 @@
 
     make bench X=serve_batching ARGS="--trace ../shared/data/traces/AzureLLMInferenceTrace_conv.csv"
 
-Static batching is the scheduler's own baseline: requests are admitted only when the batch before has ended, and all that wait then are (its steps
-take --static-tokens, so that no batch is cut short). Both servers live at the same time and are loaded in turn; each replay has prompts of its own, so
-that no cache of prefixes helps either. Time per token of a request = from its arrival to its last token, divided by its tokens (vLLM's normalised
-latency, section 6.1): waiting for admission counts. Arrivals and lengths are the trace's, arrivals `speed` times closer, lengths cut to --longest.
-`--server MODEL` is the static server itself.
+    continuous   `lilliput serve` as it is
+    static       the scheduler's own baseline, on the same engine: requests are admitted only when the batch before has ended, and all that wait then
+                 are (its steps take --static-tokens, so that no batch is cut short). An answer that ends costs nothing from then on, nothing is padded
+    padded       batches as generate() of transformers or FasterTransformer run them: all that wait, prompts padded to the longest, all run to the
+                 longest answer. The client forms them and asks a continuous server, so kernels and HTTP are the same. An answer counts as complete when
+                 its own last token has come, and the padding is computed but not counted
+
+Servers live at the same time and are loaded in turn; each replay has prompts of its own, so that no cache of prefixes helps. Time per token of a
+request = from its arrival to its last token, divided by its tokens (vLLM's normalised latency, section 6.1): waiting for admission counts. Arrivals
+and lengths are the trace's, arrivals `speed` times closer, lengths cut to --longest. `--server MODEL` is the static server itself.
 """
 
 from __future__ import annotations
@@ -14,17 +19,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from serve_load import Ask, Target, opened, read_trace, send, start, stop
+from serve_load import Ask, Result, Target, opened, read_trace, send, start, stop
 
 from lilliput.base.show import Show
 from lilliput.loops.bench import machine
 
 COLUMNS = ("speed", "batching", "requests", "failed", "seconds", "out tok/s", "p50 ms/token", "p95 ms/token")
-LIMITS = (25, 50, 100, 200, 400, 800)
+SIDES = ("continuous", "static", "padded")
+LIMITS = (25, 50, 75, 100, 150, 200, 400)
 
 
 def static_server(words: list[str]) -> None:
@@ -38,10 +45,24 @@ def static_server(words: list[str]) -> None:
     http.serve(http.application(house), house.first.options, house.stop, lambda port: Show(json=True).data({"url": f"http://127.0.0.1:{port}"}))
 
 
-def measure(target: Target, trace: Path, count: int, speed: float, longest: int, number: int) -> dict[str, Any]:
+async def padded(target: Target, asks: list[Ask]) -> tuple[list[Result], float]:
+    """Each batch: what has arrived while the one before ran, all of it as long as its longest prompt and its longest answer."""
+    start, waiting, results = time.perf_counter(), list(asks), []
+    while waiting:
+        await asyncio.sleep(max(0.0, waiting[0].at - (time.perf_counter() - start)))
+        now = time.perf_counter() - start
+        batch = [ask for ask in waiting if ask.at <= now]
+        waiting = waiting[len(batch) :]
+        words, tokens = max(ask.words for ask in batch), max(ask.tokens for ask in batch)
+        done = await asyncio.gather(*(send(target, replace(ask, words=words, tokens=tokens), ask.tokens) for ask in batch))
+        results += [replace(result, last=now - ask.at + result.last, tokens=ask.tokens) for ask, result in zip(batch, done)]
+    return results, time.perf_counter() - start
+
+
+def measure(side: str, target: Target, trace: Path, count: int, speed: float, longest: int, number: int) -> dict[str, Any]:
     """One replay; `number`: which."""
     asks = [replace(ask, seed=ask.seed + 100_000 * (number + 1)) for ask in read_trace(trace, count, speed, longest)]
-    results, seconds = asyncio.run(opened(target, asks))
+    results, seconds = asyncio.run((padded if side == "padded" else opened)(target, asks))
     good = [result for result in results if not result.fault]
     each = sorted(1000 * result.last / result.tokens for result in good)
     at = lambda share: round(each[min(len(each) - 1, int(share * len(each)))], 1)
@@ -54,10 +75,9 @@ def at_equal(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each limit of the 95th percentile the most tokens a second of either side that kept it."""
     found = []
     for limit in LIMITS:
-        best = {side: max((row["out tok/s"] for row in rows if row["batching"] == side and row["p95 ms/token"] <= limit), default=0.0)
-                for side in ("continuous", "static")}  # fmt: skip
-        if best["static"]:
-            found.append({"p95 at most, ms/token": limit, **best, "ratio": round(best["continuous"] / best["static"], 2)})
+        best = {side: max((row["out tok/s"] for row in rows if row["batching"] == side and row["p95 ms/token"] <= limit), default=0.0) for side in SIDES}
+        ratios = {f"x {side}": round(best["continuous"] / best[side], 2) if best[side] else None for side in SIDES[1:]}
+        found.append({"p95 at most, ms/token": limit, **best, **ratios})
     return found
 
 
@@ -69,31 +89,37 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--longest", type=int, default=256)
-    parser.add_argument("--speeds", type=float, nargs="+", default=[0.5, 0.8, 1.2, 1.6, 2.2, 3])
+    for side, speeds in zip(SIDES, ((0.8, 1.2, 1.6, 2.0), (0.4, 0.6, 0.8, 1.0), (0.3, 0.5, 0.8))):
+        parser.add_argument(f"--{side}", type=float, nargs="*", default=list(speeds), metavar="SPEED", help=f"default: {' '.join(map(str, speeds))}")
     parser.add_argument("--static-tokens", type=int, default=8192, help="tokens of a step of the static server")
     arguments, overrides = parser.parse_known_args()
     if arguments.server:
         static_server(arguments.server + overrides)
         return 0
-    show, rows = Show(), []
-    servers = {
-        "static": start(arguments.model, [f"serve.max_batch_tokens={arguments.static_tokens}", *overrides],
-                        [sys.executable, str(Path(__file__).resolve()), "--server"]),
-        "continuous": start(arguments.model, [*overrides]),
-    }  # fmt: skip
+    show, rows, servers = Show(), [], {}
+    speeds = {side: getattr(arguments, side) for side in SIDES}
     try:
+        if speeds["static"]:
+            command = [sys.executable, str(Path(__file__).resolve()), "--server"]
+            servers["static"] = start(arguments.model, [f"serve.max_batch_tokens={arguments.static_tokens}", *overrides], command)
+        if speeds["continuous"] or speeds["padded"]:
+            servers["continuous"] = start(arguments.model, [*overrides])
         targets = {side: Target(url, arguments.model, "", process.pid) for side, (process, url, _) in servers.items()}
         for target in targets.values():
             asyncio.run(send(target, Ask(0, 64, 8, 7)))
-        for number, speed in enumerate(arguments.speeds):
-            for side, target in targets.items():
-                rows.append({"speed": speed, "batching": side, **measure(target, arguments.trace, arguments.requests, speed, arguments.longest, number)})
-                show.line(str(rows[-1]))
+        for number in range(max(map(len, speeds.values()))):
+            for at, side in enumerate(SIDES):
+                for speed in speeds[side][number : number + 1]:
+                    target = targets["static" if side == "static" else "continuous"]
+                    row = measure(side, target, arguments.trace, arguments.requests, speed, arguments.longest, len(SIDES) * number + at)
+                    rows.append({"speed": speed, "batching": side, **row})
+                    show.line(str(rows[-1]))
     finally:
         stop([process for process, _, _ in servers.values()])
     where = ", ".join(f"{key} {value}" for key, value in machine().items())
     show.table(rows, COLUMNS, f"{arguments.trace.name}, lengths to {arguments.longest}; {where}")
-    show.table(at_equal(rows), ("p95 at most, ms/token", "continuous", "static", "ratio"), "most tokens a second at equal 95th percentile")
+    best = at_equal(rows)
+    show.table(best, tuple(best[0]), "most tokens a second at equal 95th percentile")
     return 1 if any(row["failed"] for row in rows) else 0
 
 

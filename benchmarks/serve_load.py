@@ -1,11 +1,16 @@
 """Load on a server that speaks OpenAI's API, ours or another: tokens a second, time to the first token, time per token.
 
     make bench X=serve_load ARGS="--serve smollm2-135m"                         starts ours, also measures start and idle CPU
+    make bench X=serve_load ARGS="--serve smollm2-135m --starts 5"              only from the command to the first token, so many times
     make bench X=serve_load ARGS="--url http://127.0.0.1:8080 --model NAME"     any other server
 
 Closed loop: 1, 4 and 16 clients, each asks again when its answer is complete; prompts differ from their first word on, so that no cache
 of prefixes helps. Open loop: --trace FILE replays arrivals and lengths of a trace (Azure's csv or Mooncake's jsonl), --speed times faster,
 lengths cut to --longest. Every answer is forced to its length (ignore_eos), so all servers write the same number of tokens.
+
+Mooncake's requests name the blocks of 512 tokens that their prompts consist of. Here a block is 512 / --scale tokens, the same ones wherever its number
+comes, and lengths are divided alike: prompts share what they share in the trace. Beside the server's own count of tokens found in its cache stands
+what a cache without end would have found, and one of `serve.kv_tokens` that forgets what was used longest ago.
 
 TTFT = request to first token, TPOT = (last - first) / (tokens - 1). The client is raw asyncio and takes about 30 us a token.
 """
@@ -15,11 +20,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import csv
+import itertools
 import json
+import math
 import random
 import subprocess
 import sys
 import time
+import urllib.request
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -44,6 +53,7 @@ class Ask:
     words: int
     tokens: int
     seed: int
+    ids: tuple[int, ...] = ()  # the prompt itself, as tokens
 
 
 @dataclass
@@ -97,14 +107,15 @@ async def lines(reader: asyncio.StreamReader, chunked: bool) -> AsyncIterator[by
             yield line
 
 
-async def send(target: Target, ask: Ask) -> Result:
-    """One streamed completion."""
-    body: dict[str, Any] = {"model": target.model, "prompt": prompt_of(ask), "max_tokens": ask.tokens, "stream": True, "temperature": 0, "ignore_eos": True}
+async def send(target: Target, ask: Ask, wanted: int = 0) -> Result:
+    """One streamed completion. `wanted`: its last token is this one, though more are asked for (0: the last that comes)."""
+    body: dict[str, Any] = {"model": target.model, "prompt": list(ask.ids) or prompt_of(ask), "max_tokens": ask.tokens, "stream": True, "temperature": 0}
+    body |= {"ignore_eos": True, **({"return_token_ids": True} if wanted else {})}
     data = json.dumps(body | {"stream_options": {"include_usage": True}}).encode()
     place, result = urlsplit(target.url), Result()
     head = [f"POST {place.path.rstrip('/')}/v1/completions HTTP/1.1", f"Host: {place.netloc}", "Content-Type: application/json", f"Content-Length: {len(data)}"]
     head += ["Connection: close", *([f"Authorization: Bearer {target.key}"] if target.key else [])]
-    start = time.perf_counter()
+    start, seen = time.perf_counter(), 0
     try:
         reader, writer = await asyncio.open_connection(place.hostname, place.port or 80)
         writer.write("\r\n".join(head).encode() + b"\r\n\r\n" + data)
@@ -120,7 +131,8 @@ async def send(target: Target, ask: Ask) -> Result:
                     result.tokens, result.prompt = event["usage"]["completion_tokens"], event["usage"]["prompt_tokens"]
                 if event.get("error"):
                     result.fault = str(event["error"])
-                if any(choice.get("text") for choice in event.get("choices", ())):
+                seen += sum(len(choice.get("token_ids") or ()) for choice in event.get("choices", ()))
+                if any(choice.get("text") for choice in event.get("choices", ())) and not 0 < wanted < seen:
                     result.first, result.last = result.first or now, now
         writer.close()
         result.fault = result.fault or ("" if result.tokens else f"status {status.decode()}, no tokens")
@@ -157,17 +169,36 @@ async def opened(target: Target, asks: list[Ask]) -> tuple[list[Result], float]:
     return list(await asyncio.gather(*map(later, asks))), time.perf_counter() - start
 
 
-def read_trace(path: Path, count: int, speed: float, longest: int) -> list[Ask]:
-    """The first requests of a trace; lengths cut to `longest`, arrivals `speed` times closer."""
+def read_trace(path: Path, count: int, speed: float, longest: int, scale: int = 32) -> list[Ask]:
+    """The first requests of a trace; lengths cut to `longest`, arrivals `speed` times closer. `scale`: of Mooncake's."""
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in path.read_text().splitlines()[:count]]
-        found = [(row["timestamp"] / 1000, row["input_length"], row["output_length"]) for row in rows]
-    else:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))[:count]
-        when = [datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp() for row in rows]
-        found = [(at - when[0], int(row["ContextTokens"]), int(row["GeneratedTokens"])) for at, row in zip(when, rows)]
+        asks, size = [], 512 // scale
+        for number, one in enumerate(map(json.loads, path.read_text().splitlines()[:count])):
+            length = max(1, min(longest, one["input_length"] // scale))
+            ids = [token for block in one["hash_ids"] for token in random.Random(block).choices(range(1000, 5000), k=size)][:length]
+            asks.append(Ask(one["timestamp"] / 1000 / speed, length, max(2, min(longest, one["output_length"] // scale)), number, tuple(ids)))
+        return asks
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))[:count]
+    when = [datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp() for row in rows]
+    found = [(at - when[0], int(row["ContextTokens"]), int(row["GeneratedTokens"])) for at, row in zip(when, rows)]
     return [Ask(at / speed, max(1, min(longest, prompt)), max(2, min(longest, answer)), seed) for seed, (at, prompt, answer) in enumerate(found)]
+
+
+def findable(asks: list[Ask], blocks: float = math.inf, block: int = 16) -> int:
+    """Tokens of the prompts that a cache of so many blocks finds which has all earlier prompts, one after another, and forgets the longest unused."""
+    kept: OrderedDict[tuple[int, ...], None] = OrderedDict()
+    hits = 0
+    for ask in asks:
+        whole = [ask.ids[: end + block] for end in range(0, len(ask.ids) - block + 1, block)]
+        usable = itertools.takewhile(kept.__contains__, whole[: (len(ask.ids) - 1) // block])  # the last token is computed in any case
+        hits += block * sum(1 for _ in usable)
+        for key in reversed(whole):  # the end of a prompt is forgotten first
+            kept.pop(key, None)
+            kept[key] = None
+        while len(kept) > blocks:
+            kept.popitem(last=False)
+    return hits
 
 
 def row(load: str, results: list[Result], seconds: float, cpu: float) -> dict[str, Any]:
@@ -181,6 +212,13 @@ def row(load: str, results: list[Result], seconds: float, cpu: float) -> dict[st
     counts = {"load": load, "requests": len(results), "failed": len(results) - len(good), "out tok/s": f"{out / seconds:.1f}"}
     times = {"TTFT p50": at(first, 0.5), "TTFT p99": at(first, 0.99), "TPOT p50": at(per, 0.5), "TPOT p99": at(per, 0.99)}
     return counts | {"all tok/s": f"{everything / seconds:.1f}"} | times | {"CPU s/1k tok": spent}
+
+
+def stats(url: str) -> dict[str, Any]:
+    """Our server's own figures."""
+    with urllib.request.urlopen(f"{url}/stats", timeout=60) as answer:
+        found: dict[str, Any] = json.load(answer)
+    return found
 
 
 def start(model: str, overrides: list[str], command: list[str] | None = None) -> tuple[subprocess.Popen[str], str, float]:
@@ -198,6 +236,14 @@ def start(model: str, overrides: list[str], command: list[str] | None = None) ->
     return process, json.loads(told)["url"], began
 
 
+def begin(model: str, overrides: list[str]) -> tuple[Target, subprocess.Popen[str], float]:
+    """Our server, and the seconds from its start to the first token of a first request."""
+    process, url, began = start(model, overrides)
+    target = Target(url, model, "", process.pid)
+    first = asyncio.run(send(target, Ask(0, 8, 2, 1)))
+    return target, process, round(time.perf_counter() - began - (first.last - first.first), 2)
+
+
 def stop(processes: list[subprocess.Popen[str]]) -> None:
     """End servers that `start` has started: open answers first."""
     for process in processes:
@@ -213,10 +259,16 @@ def measure(target: Target, arguments: argparse.Namespace, show: Show) -> list[d
     """Every load in turn."""
     rows = []
     if arguments.trace:
-        asks = read_trace(arguments.trace, arguments.requests or 50, arguments.speed, arguments.longest)
-        before = target.cpu()
+        asks = read_trace(arguments.trace, arguments.requests or 50, arguments.speed, arguments.longest, arguments.scale)
+        before, held = target.cpu(), stats(target.url) if target.pid else {}
         results, seconds = asyncio.run(opened(target, asks))
         rows.append(row(f"{arguments.trace.stem[:24]} x{arguments.speed:g}", results, seconds, target.cpu() - before))
+        if target.pid and asks[0].ids:
+            now, total = stats(target.url), sum(len(ask.ids) for ask in asks)
+            found, looked = (now[key] - held[key] for key in ("prefix_hits", "prefix_queries"))
+            rows[-1] |= {"found %": f"{100 * found / looked:.2f}", "findable %": f"{100 * findable(asks) / total:.2f}",
+                         "findable in its blocks %": f"{100 * findable(asks, now['blocks_total']) / total:.2f}"}  # fmt: skip
+            show.line(f"of {looked:,} tokens of prompts: {', '.join(f'{key} {value}' for key, value in list(rows[-1].items())[-3:])}")
     for clients in arguments.clients if not arguments.trace else ():
         count = arguments.requests or max(4, 3 * clients)
         asks = [Ask(0, arguments.prompt, arguments.tokens, 1000 * clients + number) for number in range(count)]
@@ -242,17 +294,25 @@ def main() -> int:
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--speed", type=float, default=1.0)
     parser.add_argument("--longest", type=int, default=1024)
+    parser.add_argument("--scale", type=int, default=32, help="of Mooncake's lengths: 512 / scale tokens a block")
+    parser.add_argument("--starts", type=int, default=0, help="with --serve: only start it so many times")
     parser.add_argument("--json", action="store_true")
     arguments, overrides = parser.parse_known_args()
     show, process = Show(json=arguments.json), None
     if bool(arguments.serve) == bool(arguments.url):
         parser.error("either --serve MODEL or --url URL")
     document: dict[str, Any] = {}
+    if arguments.starts:
+        times = []
+        for _ in range(arguments.starts):
+            target, process, seconds = begin(arguments.serve, overrides)
+            times.append(seconds)
+            show.line(f"from the command to the first token: {seconds} s, of CPU {target.cpu():.1f} s")
+            stop([process])
+        show.data({"start to first token, s": times})
+        return 0
     if arguments.serve:
-        process, url, began = start(arguments.serve, overrides)
-        target = Target(url, arguments.serve, "", process.pid)
-        first = asyncio.run(send(target, Ask(0, 8, 2, 1)))
-        document["start to first token, s"] = round(time.perf_counter() - began - (first.last - first.first), 2)
+        target, process, document["start to first token, s"] = begin(arguments.serve, overrides)
         show.line(f"from the command to the first token: {document['start to first token, s']} s")
     else:
         target = Target(arguments.url, arguments.model, arguments.key)
@@ -268,7 +328,7 @@ def main() -> int:
         if process is not None:
             stop([process])
     show.data(document | {"rows": rows})
-    show.table(rows, COLUMNS, f"{target.url} {target.model}: {arguments.prompt} words in, {arguments.tokens} tokens out; ms")
+    show.table(rows, COLUMNS + tuple(rows[0])[len(COLUMNS) :], f"{target.url} {target.model}: {arguments.prompt} words in, {arguments.tokens} tokens out; ms")
     return 1 if any(one["failed"] for one in rows) else 0
 
 
