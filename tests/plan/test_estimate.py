@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from boxes import HAND, machine
 
 from lilliput.base import hardware
 from lilliput.base.errors import DoesNotFit, UserError
+from lilliput.base.hardware import Links
 from lilliput.base.job import Job
+from lilliput.base.ledger import Ledger, Term
 from lilliput.models.facts import facts
 from lilliput.models.sizes import PRESETS
-from lilliput.plan.estimate import estimate_serving, estimate_training
+from lilliput.plan import report
+from lilliput.plan.estimate import estimate_serving, estimate_training, lanes
 
 
 def test_the_answer_to_auto_has_a_reason() -> None:
@@ -141,3 +145,20 @@ def test_a_fix_may_send_the_optimizer_to_the_host() -> None:
     assert not gpu.fits and any(fix.words.startswith("offload=on") and fix.fits for fix in gpu.fixes)
     cpu = estimate_training(job, known, machine(8))
     assert not any(fix.words == "offload=on" for fix in cpu.fixes), "it frees nothing where there is one memory"
+
+
+def test_seconds_of_links_and_disks() -> None:
+    """A term's own speed goes before a faster lane, writes have their own rate, and a lane whose speed nobody knows is left out."""
+    terms = {"a": Term(traffic=8e9, lane="link"), "b": Term(traffic=1e9, lane="link", speed=5e8), "c": Term(traffic=6e9, written=2e9, lane="disk")}
+    box = replace(machine(16), links=Links(pcie=4e9, nvme_read=2e9, nvme_write=1e9))
+    assert lanes(Ledger(terms), box, "fp32") == pytest.approx({"link": 2 + 2, "disk": 2 + 2})
+    assert lanes(Ledger(terms), machine(16), "fp32") == {}, "what crosses at an unknown speed takes an unknown time"
+    assert lanes(Ledger({"b": terms["b"]}), machine(16), "fp32") == {"link": 2.0}
+
+
+def test_a_slow_link_is_in_the_predicted_step() -> None:
+    known = facts(PRESETS["llama-3m"])
+    words = ["model=llama-3m", "train.micro_batch=1", "data.sequence=64", "train.tokens_per_step=64", "offload=on"]
+    slow, free = (estimate_training(Job.load(None, [*words, *more]), known, machine(16)) for more in (["offload.link=1MB"], []))
+    assert slow.seconds["link"] == pytest.approx(4 * known.parameters / 1e6) and "link" not in free.seconds
+    assert "link to the host at 977 KiB/s" in report.moves(slow)[0] and "of unknown speed" in report.moves(free)[0]

@@ -51,7 +51,8 @@ def test_json_document() -> None:
     document = json.loads(json.dumps(report.to_dict(estimate)))
     assert document["fits"] is False and document["peak_bytes"] == estimate.peak and document["moment"] == estimate.moment
     assert document["terms"]["gradients"] == {
-        "bytes": estimate.ledger.bytes("gradients"), "tier": "device", "alive": ["backward", "update"], "flops": 0.0, "traffic": 0.0, "lane": "compute",
+        "bytes": estimate.ledger.bytes("gradients"), "tier": "device", "alive": ["backward", "update"], "flops": 0.0, "traffic": 0.0,
+            "written": 0.0, "lane": "compute",
     }  # fmt: skip
     assert [fix["words"] for fix in document["fixes"]] == [fix.words for fix in estimate.fixes]
     assert document["seconds_at_least"]["compute"] > 0

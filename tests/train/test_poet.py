@@ -10,7 +10,11 @@ import torch
 from rigs import make_rig, random_batch
 
 from lilliput.base.errors import DoesNotFit
+from lilliput.base.hardware import Links
+from lilliput.data.batch import MicroBatch
+from lilliput.memory.capture import capture
 from lilliput.memory.meter import Meter, storage_bytes
+from lilliput.memory.trace import Trace
 from lilliput.models.sizes import PRESETS
 from lilliput.parallel.rig import Rig
 from lilliput.train.poet import Poet
@@ -65,3 +69,21 @@ def test_joules_of_the_board_decide_what_pays() -> None:
         rig = make_rig({"poet": Poet(budget=f"{budget}B", objective="energy", board=board, stages=6)}, SPEC, **SHAPE)
         paged[board] = rig.plan.predicted.get("host peak", 0)
     assert paged["mkr1000"] > paged["m4f"]
+
+
+def test_pages_to_a_disk_take_its_time() -> None:
+    """The same budget, a fast and a slow disk behind the page file: what is paged there is run again here, and takes longer."""
+    plain = make_rig({}, SPEC, **SHAPE)
+    state = storage_bytes([*plain.model.parameters(), *plain.optimizer.state().values()])
+    room = Poet(budget=f"{state + round(0.85 * stepped(plain)[0])}B", scratch="unused", stages=6)
+    trace, found = traced(plain), {}
+    for speed in (1e12, 1e6):
+        hardware = replace(plain.site.hardware, links=Links(nvme_read=speed, nvme_write=speed))
+        _, decisions = room.choose(trace, replace(plain, site=replace(plain.site, hardware=hardware)), plain.standing())
+        found[speed] = sum(trace.storages[s].bytes for s, d in decisions.items() if d.place == "page")
+    assert found[1e12] > 0 == found[1e6], found
+
+
+def traced(rig: Rig) -> Trace:
+    step = lambda model, tokens, targets: rig.objective(model, MicroBatch(tokens, targets, BATCH[0].weight))[0]
+    return capture(rig.model, step, [BATCH[0].tokens_BT, BATCH[0].targets_BT], then=lambda loss: loss / BATCH[0].weight)[0]

@@ -4,6 +4,7 @@ Detection asks /proc, the cgroup (both versions), the CPU affinity and nvidia-sm
 host's size: cores = min(affinity, quota), memory = min(physical, cgroup limit). GPU peaks come from the data sheet of
 the same chip in machines/*.toml. A CPU states no peak, so it is estimated (cores x clock x flops a cycle of its vector
 units) and its bandwidth is timed with one copy; `estimated` names such figures. LILLIPUT_CPU_FLOPS overrides the peak.
+The disk behind a folder is timed when a plan needs it (`reaching`; base/speeds.py remembers both).
 Flops are dense, without sparsity; link figures are bytes/s in one direction; 0 = absent or unknown.
 """
 
@@ -15,14 +16,13 @@ import platform
 import re
 import shutil
 import subprocess
-import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lilliput.base import env
+from lilliput.base import env, speeds
 from lilliput.base.errors import UserError, did_you_mean
 
 ROOT = Path("/")
@@ -99,6 +99,21 @@ class Hardware:
         first = single[number]
         return replace(self, devices=(first, *(d for d in gpus if d is not first)))
 
+    def reaching(self, folders: Iterable[str]) -> Hardware:
+        """This hardware with the speeds of its own links where it was detected: a CPU that plays a device copies in its memory, and the disk is
+        that of the folders (the slowest of several). A declared machine's links stay as its file states them."""
+        if self.source != "detected":
+            return self
+        links, told = self.links, list(self.estimated)
+        if not links.pcie and self.device.kind == "cpu":
+            links = replace(links, pcie=self.host.bandwidth / 2)
+            told.append("link to the host (a copy in memory)")
+        disks = [speeds.disk(Path(folder)) for folder in dict.fromkeys(folders)]
+        for disk in sorted((d for d in disks if d.read and d.write), key=lambda d: -min(d.read, d.write)):
+            links = replace(links, nvme_read=disk.read, nvme_write=disk.write)
+        told += [f"disk ({disk.source})" for disk in disks]
+        return replace(self, links=links, estimated=tuple(told))
+
     def _inventory(self) -> str:
         here = self.devices if self.host in self.devices else (*self.devices, self.host)
         return ", ".join(f"{d.count} x {d.name}" for d in here)
@@ -156,7 +171,7 @@ def detect(cpu_flops: float | None = None, root: Path = ROOT) -> Hardware:
     guess = peak or _cores_with_units(info, cores) * _clock(info, root) * next((n for name, n in FLOPS_PER_CYCLE.items() if name in units), 2)
     total, free = memory(root)
     name = next((info[0][k] for k in ("model name", "Model") if info and k in info[0]), platform.processor() or platform.machine())
-    host = DeviceSpec("cpu", name, total, {"fp32": float(guess)}, _copy_bandwidth(), 1, free, cores)
+    host = DeviceSpec("cpu", name, total, {"fp32": float(guess)}, speeds.memory(), 1, free, cores)
     gpus = _gpus()
     estimated = (() if peak else ("cpu flops",)) + ("cpu bandwidth",)
     return Hardware(platform.node() or "this machine", gpus or (host,), host, isa=units, estimated=estimated, source="detected")
@@ -261,18 +276,6 @@ def _clock(info: list[dict[str, str]], root: Path) -> float:
         return int(text) * 1e3
     clocks = [float(p["cpu MHz"]) for p in info if "cpu MHz" in p]
     return max(clocks) * 1e6 if clocks else 2e9
-
-
-def _copy_bandwidth(size: int = 1 << 25) -> float:
-    """Bytes/s (read + written) of one core copying 32 MiB, best of two: a floor for the whole chip, ~20 ms."""
-    source, target = memoryview(bytearray(size)), memoryview(bytearray(size))
-    target[:] = source  # touches the pages
-    best = float("inf")
-    for _ in range(2):
-        begin = time.perf_counter()
-        target[:] = source
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size / best
 
 
 def _gpus() -> tuple[DeviceSpec, ...]:

@@ -188,6 +188,11 @@ class Job:
         """
         return Job(load(sections(), path, overrides, sections_given, always=CORE))
 
+    def folders(self) -> list[str]:
+        """Those whose disk the job may fill, the sections' own first. A room names its one in `files`."""
+        named = [getattr(room, "files", "") for room in self.rooms.values()]
+        return [folder for folder in (*named, self.memory.disk if self.memory.device else "") if folder]
+
     def to_toml(self) -> str:
         """The whole job as TOML that loads back to an equal job."""
         return self.settings.to_toml()

@@ -29,6 +29,8 @@ class Term:
     shard: tuple[tuple[str, int], ...] = ()  # (axis, factor) pairs that divide the term
     moments: tuple[Moment, ...] = MOMENTS  # when it is alive
     lane: Lane = "compute"
+    written: float = 0.0  # bytes of the traffic that a disk is written with; the rest is read
+    speed: float = 0.0  # bytes/s that a setting slows the lane down to for this term; 0 = the lane's own
     falling: bool = False  # freed piece by piece while the backward pass goes, as gradients come
     blocks: int = 0  # size and work are of this many equal blocks of the model (recomputation shortens it); 0 = not a block's
 
@@ -36,6 +38,10 @@ class Term:
     def bytes(self) -> int:
         """Bytes on one device: size over the product of the shard factors, rounded up."""
         return math.ceil(self.size / math.prod(factor for _, factor in self.shard))
+
+    def times(self, factor: float) -> Term:
+        """The same bytes, and so many times the work."""
+        return replace(self, flops=self.flops * factor, traffic=self.traffic * factor, written=self.written * factor)
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,8 @@ class Ledger:
 
     def scale(self, name: str, factor: float) -> Ledger:
         """The named term's size, flops and traffic times a factor."""
-        t = self.terms[name]
-        return self.put(**{name: replace(t, size=round(t.size * factor), flops=t.flops * factor, traffic=t.traffic * factor)})
+        t = self.terms[name].times(factor)
+        return self.put(**{name: replace(t, size=round(t.size * factor))})
 
     def shard(self, *names: str, axis: str, by: int) -> Ledger:
         """The named terms divided over `by` devices of a mesh axis."""
@@ -86,6 +92,10 @@ class Ledger:
     def flops(self) -> float:
         """Arithmetic of one step, all terms."""
         return sum(t.flops for t in self.terms.values())
+
+    def moved(self) -> float:
+        """Bytes that cross a link or go to and from a disk in one step."""
+        return sum(t.traffic for t in self.terms.values() if t.lane in ("link", "disk"))
 
 
 def largest_two(sizes: Sequence[int]) -> int:

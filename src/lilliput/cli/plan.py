@@ -92,7 +92,7 @@ def present(estimate: Estimate | ServingEstimate, show: Show, **more: str) -> in
 
     show.data(more | report.to_dict(estimate))
     show.table(report.rows(estimate), report.COLUMNS)
-    for sentence in (*report.sentences(estimate), *report.chosen(estimate)):
+    for sentence in (*report.sentences(estimate), *report.moves(estimate), *report.chosen(estimate)):
         show.line(sentence)
     return OK if estimate.fits else DOES_NOT_FIT
 

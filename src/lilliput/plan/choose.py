@@ -69,8 +69,7 @@ def choose(trial: Trial, free: bool, folder: str, seconds: Callable[[Ledger, Tri
             option = largest_micro_batch(option)[0]
         ledger = option.ledger()
         if fits(ledger, option.hardware):
-            moved = sum(term.traffic for term in ledger.terms.values() if term.lane in ("link", "disk"))
-            fitting.append(((len(added), seconds(ledger, option), moved), option, added))
+            fitting.append(((len(added), seconds(ledger, option), ledger.moved()), option, added))
             continue
         rejected[words(added)] = _short(ledger, option)
         lacking = over(ledger, option.hardware, *TIERS)

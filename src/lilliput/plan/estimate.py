@@ -128,7 +128,7 @@ def estimate_training(job: Job, facts: Facts, hardware: Hardware) -> Estimate:
     UserError when the job's device is not there or the model cannot be planned. Not fitting is an answer, not an error.
     """
     given, reason, choice = job.train.micro_batch, "", None
-    machine = replace(hardware.select(job.top.device), limits=job.memory.limits())
+    machine = replace(hardware.select(job.top.device).reaching(job.folders()), limits=job.memory.limits())
     trial = Trial(
         facts, machine, job.train.tokens_per_step, given if isinstance(given, int) else 1, job.data.sequence, job.top.dtype, job.rooms
     )
@@ -158,16 +158,21 @@ def estimate_serving(facts: Facts, hardware: Hardware, sequences: int, context: 
 
 
 def lanes(ledger: Ledger, hardware: Hardware, dtype: str) -> dict[Lane, float]:
-    """Seconds of the ledger's work by lane at the peak rates of the hardware; lanes without work or with an unknown rate are left out."""
+    """Seconds of the ledger's work by lane at the peak rates of the hardware; lanes without work or with an unknown rate are left out.
+
+    A term's own speed (a setting that slows its lane down) goes before the hardware's, where it is the slower one or the only one."""
     rate = hardware.device.peak("fp32" if hardware.device.kind == "cpu" else dtype)
     links = hardware.links
     speeds: dict[Lane, float] = {"compute": hardware.device.bandwidth, "host": hardware.host.bandwidth, "link": links.pcie, "disk": links.nvme_read}
     found: dict[Lane, float] = {}
     for lane, speed in speeds.items():
-        terms = [t for t in ledger.terms.values() if t.lane == lane]
-        flops, traffic = sum(t.flops for t in terms), sum(t.traffic for t in terms)
-        if (flops or traffic) and (rate or not flops) and (speed or not traffic):
-            found[lane] = (flops / rate if flops else 0.0) + (traffic / speed if traffic else 0.0)
+        terms = [t for t in ledger.terms.values() if t.lane == lane and (t.flops or t.traffic)]
+        known = all((rate or not t.flops) and (t.speed or speed or not t.traffic) for t in terms)
+        if terms and known:
+            slower = lambda t, given: min(filter(None, (t.speed, given)))
+            read = sum((t.traffic - t.written) / slower(t, speed) for t in terms if t.traffic)
+            write = sum(t.written / slower(t, links.nvme_write or speed) for t in terms if t.written)
+            found[lane] = (sum(t.flops for t in terms) / rate if rate else 0.0) + read + write
     return found
 
 

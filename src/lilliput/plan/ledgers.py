@@ -137,7 +137,7 @@ def _work(ledger: Ledger, trained: float, micro_batches: int, hardware: Hardware
     """Rooms count one micro-batch; this makes it a step. `trained`: share of the gradients that are made."""
     forward = ledger.terms["forward"].flops  # once more for the gradients of the inputs, and once for those of the weights
     ledger = ledger.put(backward=Term(flops=forward * (1 + trained)))
-    ledger = ledger.put(**{n: replace(t, flops=t.flops * micro_batches, traffic=t.traffic * micro_batches) for n, t in ledger.terms.items()})
+    ledger = ledger.put(**{name: term.times(micro_batches) for name, term in ledger.terms.items()})
     moved = 2 * ledger.bytes("optimizer") + ledger.bytes("gradients") + 2 * trained * ledger.bytes("parameters")
     lane: Lane = "compute" if ledger.terms["optimizer"].tier in tiers(hardware) or hardware.device.kind == "cpu" else "host"
     return ledger.put(update=Term(traffic=moved, lane=lane))  # moments and weights are read and written, gradients read

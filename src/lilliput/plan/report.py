@@ -43,6 +43,23 @@ def chosen(estimate: Estimate | ServingEstimate) -> list[str]:
     return estimate.choice.lines() if isinstance(estimate, Estimate) and estimate.choice else []
 
 
+def moves(estimate: Estimate | ServingEstimate) -> list[str]:
+    """What crosses a link or goes to a disk in a step, how fast that is, and how it is known."""
+    ledger, hardware = estimate.ledger, estimate.site.hardware
+    if not ledger.moved():
+        return []
+    used = {t.lane for t in ledger.terms.values() if t.traffic} & {"link", "disk"}
+    throttled = min((t.speed for t in ledger.terms.values() if t.speed), default=0.0)
+    speed = lambda rate, what: f"{what} {size(rate)}/s" if rate else f"{what} of unknown speed"
+    words = []
+    if "link" in used:
+        words.append(speed(min(filter(None, (throttled, hardware.links.pcie)), default=0.0), "link to the host at"))
+    if "disk" in used:
+        words += [speed(hardware.links.nvme_read, "disk reads at"), speed(hardware.links.nvme_write, "writes at")]
+    source = ", ".join(name for name in hardware.estimated if name.startswith(tuple(used))) or hardware.source
+    return [f"Moves {size(ledger.moved())} a step: {', '.join(words)} ({'as set' if throttled else source})."]
+
+
 def to_dict(estimate: Estimate | ServingEstimate) -> dict[str, Any]:
     """The estimate as plain values for --json; bytes, flops and seconds are numbers."""
     site = estimate.site
@@ -51,6 +68,7 @@ def to_dict(estimate: Estimate | ServingEstimate) -> dict[str, Any]:
         "device": {"kind": estimate.device.kind, "name": estimate.device.name, "free_bytes": estimate.device.free, "memory_bytes": estimate.device.memory},
         "sequences": site.sequences, "tokens": site.tokens, "estimated": list(site.hardware.estimated),
         "biggest": [{"term": name, "bytes": weight} for name, weight in estimate.biggest],
+        "links": {"host": site.hardware.links.pcie, "disk_read": site.hardware.links.nvme_read, "disk_write": site.hardware.links.nvme_write},
         "terms": {name: _plain(term) for name, term in estimate.ledger.terms.items()},
     }  # fmt: skip
     if isinstance(estimate, ServingEstimate):
@@ -100,4 +118,5 @@ def _bar(weight: int, top: int) -> str:
 
 
 def _plain(term: Term) -> dict[str, Any]:
-    return {"bytes": term.bytes, "tier": term.tier, "alive": list(term.moments), "flops": term.flops, "traffic": term.traffic, "lane": term.lane}
+    work = {"flops": term.flops, "traffic": term.traffic, "written": term.written}
+    return {"bytes": term.bytes, "tier": term.tier, "alive": list(term.moments), **work, "lane": term.lane}

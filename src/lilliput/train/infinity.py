@@ -87,6 +87,11 @@ class Infinity(Section):
                 return f"infinity.tiles={self.tiles} cuts {path} into {rows // self.tiles * columns} weights, no multiple of the {span} that share scales"
         return None
 
+    @property
+    def files(self) -> str:
+        """The folder of its files, if it has some."""
+        return self.folder if "disk" in (self.parameters, self.optimizer) else ""
+
     def cut(self, facts: Facts) -> dict[str, tuple[int, ...]]:
         """Path -> shape of the weight of every Linear that is cut into tiles."""
         if self.tiles == 1:
@@ -121,7 +126,7 @@ class Infinity(Section):
             **{
                 "visiting parameters": Term(round(min(weights - vectors, VISITORS * max(matrices))) + vectors, moments=("forward", "backward")),
                 "link": Term(traffic=moved["link"], lane="link"),
-                "disk": Term(traffic=moved["disk"], lane="disk"),
+                "disk": Term(traffic=moved["disk"], written=1.0 * weights * disk["optimizer"], lane="disk"),
             },
         )
         if not learn:
@@ -129,11 +134,12 @@ class Infinity(Section):
         tile = min(TILE, max(numbers)) if site.element == 4 else max(numbers)
         staged = AHEAD * tile * (site.element * disk["parameters"] + (site.element + 8) * disk["optimizer"])
         update = (2.0 * weights * disk["parameters"] + (weights + 16.0 * facts.parameters) * disk["optimizer"]) / site.micro_batches
+        wrote = (weights * disk["parameters"] + 8.0 * facts.parameters * disk["optimizer"]) / site.micro_batches
         moments = ledger.terms["optimizer"]
         return ledger.put(
             gradients=replace(gradients, tier=self.optimizer, moments=MOMENTS),
             optimizer=replace(moments, tier=self.optimizer, moments=MOMENTS),
-            disk=replace(ledger.terms["disk"], traffic=moved["disk"] + update),
+            disk=replace(ledger.terms["disk"], traffic=moved["disk"] + update, written=weights * disk["optimizer"] + wrote),
             **{
                 "gradients leaving": Term(site.element * largest_two(numbers), moments=("backward",)),
                 "tiles of the update": Term(staged, tier="host"),

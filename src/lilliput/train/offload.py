@@ -87,9 +87,14 @@ class Offload(Section):
             **{
                 "staged copies": Term(staged, tier="host"),
                 "gradients leaving": Term(leaving, moments=("backward",)),
-                "link": Term(traffic=WEIGHT * count * (1 + 1 / site.micro_batches), lane="link"),  # of one micro-batch
+                "link": Term(traffic=WEIGHT * count * (1 + 1 / site.micro_batches), lane="link", speed=self.speed),  # of one micro-batch
             },
         )
+
+    @property
+    def speed(self) -> float:
+        """Bytes/s of the link each way; 0 = as fast as it goes."""
+        return float(parse_size(self.link)) if self.link else 0.0
 
     def divide(self, rig: Rig) -> Rig:
         """Weights become bf16 on the device; their fp32 values are read once more for the masters."""
@@ -99,8 +104,7 @@ class Offload(Section):
 
             trainable = rig.trainable()
             master = lambda name: rig.source(name)(name, tuple(trainable[name].shape), rig.seed)
-            speed = float(parse_size(self.link)) if self.link else 0.0
-            return HostAdamW(trainable, master, tile=self.tile, speed=speed, several=rig.site.micro_batches > 1, delayed=self.delay != "off", **knobs)
+            return HostAdamW(trainable, master, tile=self.tile, speed=self.speed, several=rig.site.micro_batches > 1, delayed=self.delay != "off", **knobs)
 
         return replace(rig, homes=(*rig.homes, ("*", replace(rig.homes[0][1], codec="bf16", states="host"))), optimizing=optimizing)
 

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from lilliput.base.config import Section
 from lilliput.base.facts import Facts
-from lilliput.base.ledger import Ledger, Term
+from lilliput.base.ledger import Ledger, Moment, Term
 from lilliput.base.protocols import Phase, Site
 from lilliput.base.show import parse_size
 
@@ -69,9 +69,22 @@ class Paged(Section):
             optimizer=replace(moments, size=moments.bytes - over, shard=()),
             **{
                 "optimizer.pages back": Term(over, moments=("update",)),
-                "optimizer.pages": Term(over, traffic=2.0 * over, tier="disk" if self.scratch else "host", moments=("forward", "backward"), lane="link"),
+                "optimizer.pages": self.pages(over, site.micro_batches),
             },
         )
+
+    def pages(self, count: int, micro_batches: int) -> Term:
+        """Of so many bytes, out and back once a step; a room counts a micro-batch."""
+        moved = 2.0 * count / micro_batches
+        moments: tuple[Moment, ...] = ("forward", "backward")
+        if self.scratch:
+            return Term(count, traffic=moved, written=moved / 2, tier="disk", moments=moments, lane="disk")
+        return Term(count, traffic=moved, tier="host", moments=moments, lane="link")
+
+    @property
+    def files(self) -> str:
+        """The folder of its page file, if it has one."""
+        return self.scratch
 
     def page(self, rig: Rig) -> Rig:
         """Count what is there, then every operation of each step."""

@@ -68,6 +68,11 @@ class Poet(Section):
         return fewest(ledger, facts, site, parse_size(self.budget)) if self.budget else ledger
 
     @property
+    def files(self) -> str:
+        """The folder of its page file, if it has one."""
+        return self.scratch
+
+    @property
     def tier(self) -> Tier:
         """Where pages go."""
         return "disk" if self.scratch else "host"
