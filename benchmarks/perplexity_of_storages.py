@@ -31,7 +31,7 @@ def sides(name: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """(what, what makes its model): only one is in memory."""
     yield "fp32, eager", lambda: load_model(name, "cpu")[0]
     checkpoint = open_checkpoint(hub.locate(name))
-    decoder = partial(NativeDecoder, checkpoint.spec, checkpoint.read, checkpoint.blocks)
+    decoder = partial(NativeDecoder, checkpoint.spec, checkpoint.read, checkpoint.layout, checkpoint.packed)
     for weights in ("file", "fp16", "w8", "q4", "nf4", "fp8", "fp8_rows"):
         yield f"weights {weights}", partial(decoder, weights)
     for kv in paged.CODECS[1:]:

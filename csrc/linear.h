@@ -3,7 +3,7 @@
 // Panel layout, the same for all instruction sets: 16 outputs side by side, outputs padded with zero rows to a multiple of 16.
 //     F32, F16           [panel][input][16]            numbers
 //     E4M3, E5M2         [panel][input][16]            bytes; scales: fp32 [panel][16], one an output
-//     W8                 [panel][input / 4][16][4]     int8 in -127..127; scales: fp32 [panel][groups][16]
+//     W8                 [panel][input / 4][16][4]     int8; scales: fp32 [panel][groups][16]
 //     Q4, NF4            [panel][input / 8][16][4]     byte j of 4: low nibble = input k + j, high nibble = input k + 4 + j
 //                                                      scales: fp16 [panel][groups][16]
 // groups = inputs / group, or 1 when group is 0 (W8 only). An indivisible group is refused when the weight is packed.

@@ -12,6 +12,7 @@ from lilliput.data.tokenizer import Tokenizer
 from lilliput.models.decoder import Decoder
 from lilliput.models.families import from_canonical, hf_from_spec
 from lilliput.models.spec import DecoderSpec, Rope
+from lilliput.ops.panels import PackedWeight
 from lilliput.serve.blocks import BlockPool
 from lilliput.serve.engine import Engine
 from lilliput.serve.request import Sampling
@@ -38,6 +39,12 @@ def model_of(family: str, seed: int = 0) -> Decoder:
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm.weight" in name else 0.0, 0.15, generator=generator)
     return model.eval()
+
+
+def held(model: Any) -> int:
+    """Bytes of all that a native decoder's plan points into."""
+    parts = {id(part): part for part in model.plan._held}.values()
+    return sum(part.bytes if isinstance(part, PackedWeight) else part.nbytes for part in parts)
 
 
 def prompts_of(count: int, seed: int = 1) -> list[list[int]]:

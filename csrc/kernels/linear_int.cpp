@@ -2,7 +2,7 @@
 //
 //     AVX-512   vpdpbusd takes u8 x s8: W8 becomes u8 by adding 128 (an xor), and the sums begin at -128 * (sum of the row's group)
 //     AVX2      vpmaddubsw saturates at 32767. Nibbles (0..15) never reach it in a group of 32; W8 takes |w| and gives w's sign to x:
-//               2 * 127 * 127 = 32258, which is why neither side may hold -128
+//               2 * 128 * 127 = 32512, which is why rows may not hold -128 (weights may)
 //
 // The epilogue of a group is the same everywhere: y = fma(float(sum), scale_x * scale_w, y), offsets y = fma(offset, scale_x * sum_x, y).
 #include "linear.h"

@@ -108,7 +108,7 @@ class Serve(Section):
 
     runner: Literal["auto", "native", "eager"] = Field("auto", description="native: compiled kernels; eager: PyTorch; auto = native where it can")
     weights: Literal["file", "fp32", "fp16", "w8", "q4", "nf4", "fp8", "fp8_rows"] = Field(
-        "file", description="how the native runner stores matrices; file = a GGUF's own 4 and 8 bits, else fp32; fp8_rows: activations in fp8 too"
+        "file", description="how the native runner keeps matrices; file = as the file does (GGUF, GPTQ, AWQ, fp16), else fp32; fp8_rows: activations in fp8 too"
     )
     kv: Literal["fp32", "fp16", "int8", "int4"] = Field("fp32", description="how the native runner stores keys and values")
     kv_tokens: int = Field(0, ge=0, description="tokens of cache over all requests; 0 = four contexts, at most a quarter of the free memory")

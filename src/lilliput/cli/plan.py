@@ -78,12 +78,19 @@ def draw(job: Job, path: Path, show: Show) -> None:
 
 def serving(job: Job, sequences: int, context: int) -> ServingEstimate:
     """The cost of answering `sequences` requests of `context` tokens (0: the model's) at the same time."""
-    from lilliput import api
+    from lilliput.base import hardware
+    from lilliput.models.facts import facts
+    from lilliput.models.load import choose_runner, resolve
     from lilliput.plan.estimate import estimate_serving
     from lilliput.plan.ledgers import ELEMENT
+    from lilliput.plan.serving import kv_token_bytes, weight_bytes
 
-    facts, hardware = api.model_and_machine(job)
-    return estimate_serving(facts, hardware.select(job.top.device), sequences, context or facts.context, ELEMENT[job.top.dtype])
+    spec, checkpoint = resolve(job.top.model, fetch=False)
+    machine, about = hardware.find(job.top.hardware).select(job.top.device), facts(spec)
+    runner, _ = choose_runner(spec, job.serve, machine.device.kind)
+    kept = {"weights": weight_bytes(spec, checkpoint, job.serve, runner, job.top.dtype)[0], "kv_token": kv_token_bytes(spec, job.serve.kv)}
+    as_stored = kept if runner == "native" else {}
+    return estimate_serving(about, machine, sequences, context or spec.context, ELEMENT[job.top.dtype], job.serve.max_batch_tokens, **as_stored)
 
 
 def present(estimate: Estimate | ServingEstimate, show: Show, **more: str) -> int:

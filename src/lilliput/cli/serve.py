@@ -102,16 +102,16 @@ def present(jobs: list[Job], show: Show) -> int:
     """Where the memory goes: weights, cache in blocks, one step's work; the exit code says whether it fits, all models together."""
     from lilliput import api
     from lilliput.base.show import size
-    from lilliput.models.load import choose_runner, resolve_spec
+    from lilliput.models.load import choose_runner, resolve
     from lilliput.plan.serving import memory_plan
 
     documents, plans = [], []
     for job in jobs:
-        spec, path = resolve_spec(job.top.model, fetch=False)
+        spec, checkpoint = resolve(job.top.model, fetch=False)
         _, hardware = api.model_and_machine(job)
         device = hardware.select(job.top.device).device
         runner, reason = choose_runner(spec, job.serve, device.kind)
-        plan = memory_plan(spec, path, job.serve, runner, device.free)
+        plan = memory_plan(spec, checkpoint, job.serve, runner, device.free, job.top.dtype)
         documents.append({"model": job.top.model, "runner": runner, "reason": reason, **plan.document()})
         plans.append((plan, f"{runner}: {reason}"))
     total, free = sum(plan.total for plan, _ in plans), device.free

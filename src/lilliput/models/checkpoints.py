@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 from lilliput.base import records
 from lilliput.base.errors import UserError
 from lilliput.base.version import __version__
-from lilliput.models import families, gguf, gguf_spec, llama2c, safetensor
+from lilliput.models import families, gguf, gguf_spec, llama2c, quantised, safetensor
 from lilliput.models.families import Transform
 from lilliput.models.spec import DecoderSpec
+from lilliput.models.stored import Layout, Layouts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
 
     from lilliput.data.tokenizer import Tokenizer
     from lilliput.models.decoder import Decoder
+    from lilliput.ops.panels import PackedWeight
 
 CARD = "lilliput.json"
 STORED = {"fp32": ("float32", 4), "bf16": ("bfloat16", 2), "codes": ("uint8", 1)}  # our word -> torch's word, bytes (codes: ops/nf4.py, ops/q4.py)
 SHARD = 4 << 30  # bytes of one weight file at most
 BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # constants that older files carry along
 LLAMA2C_TOKENIZERS = "tok*.bin"
+AS_STORED = {"F16": Layout("f16"), "Q4_0": Layout("q4", 32), "Q4_1": Layout("q4", 32, "mins"), "Q8_0": Layout("w8", 32)}  # type -> what kernels read as it is
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Checkpoint:
     dtypes: Mapping[str, int]  # stored type -> bytes of the file in it
     files: tuple[Path, ...]  # that hold the weights
     lineage: Mapping[str, Any] | None  # lilliput.json: parents, sections, evaluation; None when another tool made it
+    layout: Layouts = lambda name: None  # of a matrix that native kernels can read as it lies in the file; None: they take what `read` gives
+    packed: Callable[[Sequence[str]], PackedWeight] | None = None  # matrices of one layout, stacked along their outputs, bit for bit
     blocks: Callable[[str], tuple[str, np.ndarray] | None] = lambda name: None  # (GGUF type, [outputs, bytes] as stored) of a quantised matrix
 
     @property
@@ -211,14 +216,19 @@ def _safetensors(path: Path, folder: Path) -> Checkpoint:
     config = records.read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.json'} is not a JSON object", f"it holds a {type(config).__name__}", "download the model again")
-    spec = families.spec_from_hf(config)
+    how = quantised.method(config)
+    spec = families.spec_from_hf({key: value for key, value in config.items() if key != "quantization_config"})
     stored = safetensor.shards(path)
     _plausible(path, spec, len(stored))
     places = {name: (next((n for n in names if n in stored), names[0]), transform) for name, (names, transform) in families.checkpoint_names(spec).items()}
-    tied = {"lm_head.weight"} if spec.tied else set()
-    _check(path, spec, places, {name: entry.shape for name, (_, entry) in stored.items()}, lambda name: name in tied or name.endswith(BUFFERS))
-    used = {name for name, _ in places.values()}
-    odd = [f"{name} ({stored[name][1].dtype})" for name in used if stored[name][1].dtype not in safetensor.FLOATS]
+    coded = quantised.find(path, how, spec.shapes(), places, stored)
+    shapes = {name: entry.shape for name, (_, entry) in stored.items() if name not in coded.files}
+    whole = {places[name][0]: families.stored_shape(places[name][1], spec.shapes()[name]) for name in coded.places}
+    tied, no_bias = {"lm_head.weight"} if spec.tied else set(), quantised.zero_bias(path, coded)
+    _check(path, spec, places, shapes | whole, lambda name: name in tied or name.endswith(BUFFERS) or no_bias(name))
+    floating = {name: source for name, (source, _) in places.items() if name not in coded.places}
+    used = {*floating.values(), *coded.files}
+    odd = [f"{name} ({stored[name][1].dtype})" for name in floating.values() if stored[name][1].dtype not in safetensor.FLOATS]
     if odd:
         raise UserError(f"{path}: {len(odd)} weights are not floating point", f"first: {odd[0]}; read are {', '.join(safetensor.FLOATS)}",
                         "take the unquantised model")
@@ -226,8 +236,16 @@ def _safetensors(path: Path, folder: Path) -> Checkpoint:
         _same_head(path, stored["lm_head.weight"], stored[places["embed.weight"][0]])
 
     def read(name: str) -> Tensor:
+        if name in coded.places:
+            return coded.numbers(name).decode()
         source, transform = places[name]
         return families.to_canonical(transform, safetensor.read(stored[source][0], source))
+
+    def layout(name: str) -> Layout | None:
+        return AS_STORED.get(stored[floating[name]][1].dtype) if name in floating else coded.layout(name)
+
+    def packed(names: Sequence[str]) -> PackedWeight:
+        return _halves(read, names) if names[0] in floating else coded.packed(names)
 
     def tokenizer() -> Tokenizer:
         from lilliput.data.tokenizer import Tokenizer
@@ -236,19 +254,23 @@ def _safetensors(path: Path, folder: Path) -> Checkpoint:
 
     card = folder / CARD
     return Checkpoint(path, "safetensors", spec, read, tokenizer, _count((e.dtype, e.end - e.start) for n, (_, e) in stored.items() if n in used),
-                      tuple(sorted({file for file, _ in stored.values()})), records.read_json(card) if card.is_file() else None)
+                      tuple(sorted({file for file, _ in stored.values()})), records.read_json(card) if card.is_file() else None, layout, packed)
+
+
+def _halves(read: Callable[[str], Tensor], names: Sequence[str]) -> PackedWeight:
+    """Matrices of fp16, stacked."""
+    import torch
+
+    from lilliput.ops import float_codecs
+
+    return float_codecs.encode(torch.cat([read(name) for name in names]), "f16")
 
 
 def _same_head(path: Path, head: tuple[Path, safetensor.Entry], embed: tuple[Path, safetensor.Entry]) -> None:
     """A tied model may store its head as well, as long as it is the embedding."""
     import numpy as np
 
-    def raw(file: Path, entry: safetensor.Entry) -> np.ndarray:
-        with file.open("rb") as handle:
-            base = 8 + int.from_bytes(handle.read(8), "little")
-        return np.memmap(file, mode="r", offset=base + entry.start, shape=(entry.end - entry.start,))
-
-    if head[1][:2] != embed[1][:2] or not np.array_equal(raw(*head), raw(*embed)):
+    if head[1][:2] != embed[1][:2] or not np.array_equal(safetensor.raw(*head), safetensor.raw(*embed)):
         raise UserError(f"{path}: the head is not the embedding", "config.json says tie_word_embeddings=true, but lm_head.weight has other values",
                         "set tie_word_embeddings to false in config.json")
 
@@ -272,13 +294,26 @@ def _gguf(path: Path) -> Checkpoint:
         heads = gguf_spec.permuted_heads(spec, name)
         return header.tensors[source].dtype, families.to_canonical(transform, rows if heads is None else gguf_spec.unpermute(rows, heads))
 
+    def layout(name: str) -> Layout | None:
+        return AS_STORED.get(header.tensors[places[name][0]].dtype)
+
+    def packed(names: Sequence[str]) -> PackedWeight:
+        found = [part for name in names if (part := blocks(name)) is not None]
+        if not found:
+            return _halves(read, names)
+        import numpy as np
+
+        from lilliput.ops import codecs
+
+        return codecs.from_gguf(found[0][0], np.concatenate([rows for _, rows in found]))
+
     def tokenizer() -> Tokenizer:
         from lilliput.data.tokenizer import Tokenizer
 
         return _fitting(path, spec, Tokenizer.from_gguf(header.metadata))
 
     sizes = _count((entry.dtype, entry.end - entry.start) for name, entry in header.tensors.items() if name in used)
-    return Checkpoint(path, "gguf", spec, read, tokenizer, sizes, (path,), None, blocks)
+    return Checkpoint(path, "gguf", spec, read, tokenizer, sizes, (path,), None, layout, packed, blocks)
 
 
 def _llama2c(path: Path) -> Checkpoint:

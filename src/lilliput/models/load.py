@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from lilliput.models.native import NativeDecoder
 
 
-def resolve_spec(name: str, fetch: bool = True) -> tuple[DecoderSpec, Path | None]:
-    """The spec of a path, a model's name or a preset, and where its weights lie (None: it is a size without weights).
+def resolve(name: str, fetch: bool = True) -> tuple[DecoderSpec, Checkpoint | None]:
+    """The spec of a path, a model's name or a preset, and its opened checkpoint (None: it is a size without weights).
 
     fetch=False never downloads: a known model that is not on this machine is answered with its preset.
     UserError for an unknown name or a damaged file.
@@ -31,8 +31,14 @@ def resolve_spec(name: str, fetch: bool = True) -> tuple[DecoderSpec, Path | Non
     path = hub.found(name)
     if path is None and name in sizes.PRESETS and not (fetch and name in hub.MODELS):
         return sizes.PRESETS[name], None
-    path = path or hub.locate(name, fetch=fetch)
-    return open_checkpoint(path).spec, path
+    checkpoint = open_checkpoint(path or hub.locate(name, fetch=fetch))
+    return checkpoint.spec, checkpoint
+
+
+def resolve_spec(name: str, fetch: bool = True) -> tuple[DecoderSpec, Path | None]:
+    """The same with the path alone."""
+    spec, checkpoint = resolve(name, fetch)
+    return spec, None if checkpoint is None else checkpoint.path
 
 
 def load_model(name_or_path: str | Path, device: str = "auto", dtype: str = "fp32") -> tuple[Decoder, Tokenizer, Checkpoint]:
@@ -83,7 +89,7 @@ def load_to_serve(name_or_path: str | Path, serve: Serve, device: str = "auto", 
     from lilliput.models.native import NativeDecoder
 
     on_read = registry.made("kv_policy", serve.policy).positions == "in_cache"
-    lowered = NativeDecoder(checkpoint.spec, checkpoint.read, checkpoint.blocks, serve.weights, kv=serve.kv, rotate_on_read=on_read)
+    lowered = NativeDecoder(checkpoint.spec, checkpoint.read, checkpoint.layout, checkpoint.packed, serve.weights, kv=serve.kv, rotate_on_read=on_read)
     return lowered, tokenizer, f"native: {reason}"
 
 

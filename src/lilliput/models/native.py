@@ -2,20 +2,21 @@
 
 How weights are stored is one word, the same for all matrices; norms, biases and positions stay fp32:
 
-    file   a GGUF's own 4- and 8-bit blocks, bit for bit, times int8 rows (Q4_0, Q4_1, Q8_0); else fp32. What `auto` means.
+    file   as it lies in the file where kernels read that, bit for bit: 4 and 8 bits of a GGUF (Q4_0, Q4_1, Q8_0), GPTQ or AWQ, times
+           int8 rows; fp16. Else fp32.
     fp32 fp16 nf4 fp8      stored so, arithmetic in fp32            w8 q4      rounded, times int8 rows
     fp8_rows               as fp8, times rows rounded to e4m3 (ops/fp8.py); head and projections as fp8
 
 int8 rows are quantised anew before each product, with one scale a group of the weight (32 or 64 inputs), or a row where the weight
-has one scale an output: one scale for a whole tensor would be set by one outlier. A width that a group does not divide takes the
-next smaller one. Q, K, V are one matrix here, gate and up another.
+has one scale an output: one scale for a whole tensor would be set by one outlier. Which matrices there are, and how each is stored,
+is told by models/stored.py.
 
 The eager Decoder stays the oracle: in fp32 the two differ by rounding alone. A LoRA adapter is lowered beside it (lower_adapter).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -24,37 +25,34 @@ from torch import Tensor
 from lilliput.base.errors import UserError
 from lilliput.models import rope
 from lilliput.models.facts import facts
+from lilliput.models.stored import Layout, Layouts, Matrix, chosen, matrices
 from lilliput.ops import codecs, float_codecs
 from lilliput.ops.low_rank import LowRank, Pair
 from lilliput.ops.paged import KvStore
-from lilliput.ops.panels import PackedWeight
+from lilliput.ops.panels import INT8_ROWS, PackedWeight
 from lilliput.ops.step import LAYER_SLOTS, POST, PRE, StepPlan, decoder_step
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from lilliput.models.spec import DecoderSpec
 
 Weights = Literal["file", "fp32", "fp16", "w8", "q4", "nf4", "fp8", "fp8_rows"]
 Read = Callable[[str], Tensor]  # canonical name -> fp32 tensor
-Blocks = Callable[[str], "tuple[str, np.ndarray] | None"]  # canonical name -> (GGUF type, rows of its blocks), None when there are none
-READ_AS_STORED = ("Q4_0", "Q4_1", "Q8_0")
+Packed = Callable[[Sequence[str]], PackedWeight]  # canonical names of one layout -> the matrices as they lie in the file, stacked
 
 
 class NativeDecoder:
     """A lowered decoder that answers as `Decoder` does: `hidden` then `head`. The serving runner drives its `plan`."""
 
-    def __init__(self, spec: DecoderSpec, read: Read, blocks: Blocks | None = None, weights: Weights = "file", context: int | None = None,
-                 kv: str = "fp32", rotate_on_read: bool = False, sinks: int = 0) -> None:  # fmt: skip
-        """Read every tensor once and pack it (`narrow`: no matrix of a layer in fp32). context: positions of the RoPE table (None: the
-        model's own). kv: the codec of the caches that `hidden` makes. rotate_on_read: keys lie before RoPE (ops/step.py). sinks: first tokens
-        that layers with a window see too."""
+    def __init__(self, spec: DecoderSpec, read: Read, layout: Layouts = lambda name: None, packed: Packed | None = None, weights: Weights = "file",
+                 context: int | None = None, kv: str = "fp32", rotate_on_read: bool = False, sinks: int = 0) -> None:  # fmt: skip
+        """Read every tensor once and pack it (`narrow`: no matrix of a layer in fp32). layout, packed: of a Checkpoint. context: positions of the
+        RoPE table (None: the model's own). kv: the codec of the caches that `hidden` makes. rotate_on_read: keys lie before RoPE (ops/step.py).
+        sinks: first tokens that layers with a window see too."""
         if weights not in get_args(Weights):
             raise UserError(f"unknown storage `{weights}`", f"known: {', '.join(get_args(Weights))}", "serve.weights=file")
         self.spec, self.facts, self.weights, self.kv = spec, facts(spec), weights, kv
         self.device = torch.device("cpu")
-        matrices = (blocks, "fp32") if weights == "file" else (None, weights)
-        self.plan, self.stored, self.narrow = _lower(spec, read, *matrices, context or spec.context, rotate_on_read, sinks)
+        self.plan, self.stored, self.narrow = _lower(spec, read, layout, packed, weights, context or spec.context, rotate_on_read, sinks)
 
     @property
     def bytes(self) -> int:
@@ -111,45 +109,40 @@ def _own_cache(model: NativeDecoder, sequences: int, tokens: int) -> tuple[KvSto
 
 
 def _lower(
-    spec: DecoderSpec, read: Read, blocks: Blocks | None, weights: str, context: int, rotate_on_read: bool, sinks: int
+    spec: DecoderSpec, read: Read, layout: Layouts, as_stored: Packed | None, weights: str, context: int, rotate_on_read: bool, sinks: int
 ) -> tuple[StepPlan, dict[str, int], bool]:
     wide = spec.embed_dim or spec.dim
     plan = StepPlan(dim=spec.dim, heads=spec.heads, kv_heads=spec.kv_heads, head_dim=spec.head_dim, ffn=spec.ffn, vocab=spec.vocab, wide=wide,
                     act=spec.activation, scale=spec.head_dim**-0.5)  # fmt: skip
-    names, stored, formats = spec.shapes(), {}, set()
+    shapes, stored, formats = spec.shapes(), dict[str, int](), set[str]()
 
     def vector(name: str) -> Tensor | None:
-        return read(name).float() if name in names else None
+        return read(name).float() if name in shapes else None
 
-    def put(layer: int | None, slot: str, modules: list[str]) -> None:
-        packed, int8 = _pack([f"{module}.weight" for module in modules], read, blocks, weights)
-        biases = [vector(f"{module}.bias") for module in modules]
+    def put(matrix: Matrix) -> None:
+        layer, slot, parts = matrix
+        how = chosen(matrix, shapes[parts[0]][1], weights, layout)
+        packed = as_stored(parts) if weights == "file" and as_stored is not None and layout(parts[0]) == how else _pack(parts, read, how)
+        stored[f"{layer}.{slot}"], int8 = packed.bytes, packed.format in INT8_ROWS
+        if slot == "embed":
+            plan.embed(packed)
+            if spec.tied:
+                plan.product(None, "head", packed, None, int8)
+            return
+        biases = [vector(part.replace(".weight", ".bias")) for part in parts]
         bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
         plan.product(layer, slot, packed, bias, int8, float8=layer is not None and weights == "fp8_rows")
-        stored[f"{layer}.{slot}"] = packed.bytes
-        formats.add(packed.format)
+        if layer is not None:
+            formats.add(packed.format)
 
     for layer in range(spec.layers):
-        at = f"layers.{layer}."
         plan.add_layer(PRE if spec.norm_place == "pre" else POST, spec.window_of(layer), sinks)
-        put(layer, "qkv", [f"{at}attn.{part}_proj" for part in "qkv"])
-        put(layer, "out", [f"{at}attn.o_proj"])
-        put(layer, "up", [f"{at}mlp.gate_proj", f"{at}mlp.up_proj"] if spec.gated else [f"{at}mlp.up_proj"])
-        put(layer, "down", [f"{at}mlp.down_proj"])
         for slot in ("input_norm", "mlp_norm"):
-            plan.norm(layer, slot, read(f"{at}{slot}.weight"), vector(f"{at}{slot}.bias"), spec.norm_eps)
+            plan.norm(layer, slot, read(f"layers.{layer}.{slot}.weight"), vector(f"layers.{layer}.{slot}.bias"), spec.norm_eps)
         if spec.qk_norm:
-            plan.head_norms(layer, read(f"{at}attn.q_norm.weight"), read(f"{at}attn.k_norm.weight"), spec.norm_eps)
-    embed, int8 = _pack(["embed.weight"], read, blocks, weights if weights not in ("nf4", "fp8", "fp8_rows") else "fp16")
-    plan.embed(embed)
-    stored["embed"] = embed.bytes
-    if spec.tied:
-        plan.product(None, "head", embed, None, int8)
-    else:
-        put(None, "head", ["head"])
-    if spec.embed_dim:
-        put(None, "project_in", ["project_in"])
-        put(None, "project_out", ["project_out"])
+            plan.head_norms(layer, read(f"layers.{layer}.attn.q_norm.weight"), read(f"layers.{layer}.attn.k_norm.weight"), spec.norm_eps)
+    for matrix in matrices(spec):
+        put(matrix)
     if spec.norm_place == "pre":
         plan.norm(None, "norm", read("norm.weight"), vector("norm.bias"), spec.norm_eps)
     if spec.positions == "learned":
@@ -161,22 +154,9 @@ def _lower(
     return plan, stored, "f32" not in formats
 
 
-def _pack(names: list[str], read: Read, blocks: Blocks | None, weights: str) -> tuple[PackedWeight, bool]:
-    """The matrices stacked along their outputs, and whether their rows of input are int8."""
-    found = [blocks(name) for name in names] if blocks else [None]
-    kinds = {part[0] for part in found if part is not None}
-    if None not in found and len(kinds) == 1 and (kind := kinds.pop()) in READ_AS_STORED:
-        import numpy as np
-
-        return codecs.from_gguf(kind, np.concatenate([part[1] for part in found if part is not None])), True
-    whole = torch.cat([read(name).float() for name in names])
-    if weights == "w8":
-        return codecs.quantize_w8(whole), True
-    if weights in ("q4", "nf4"):
-        group = next((g for g in (64, 32) if whole.shape[1] % g == 0), None)
-        if group is None:
-            raise UserError(f"{names[0]} cannot be stored as {weights}", f"its {whole.shape[1]} inputs are not a multiple of 32", "serve.weights=w8")
-        return (codecs.quantize_q4(whole, group), True) if weights == "q4" else (float_codecs.encode(whole, "nf4", group), False)
-    return float_codecs.encode(whole, {"fp32": "f32", "fp16": "f16", "fp8": "e4m3", "fp8_rows": "e4m3"}[weights]), False
-
-
+def _pack(parts: Sequence[str], read: Read, how: Layout) -> PackedWeight:
+    """The matrices stacked along their outputs, rounded to a layout."""
+    whole = torch.cat([read(name).float() for name in parts])
+    if how.format == "w8":
+        return codecs.quantize_w8(whole)
+    return codecs.quantize_q4(whole, how.group) if how.format == "q4" else float_codecs.encode(whole, how.format, how.group)

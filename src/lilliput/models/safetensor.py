@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lilliput.base.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
@@ -97,6 +98,15 @@ def read(path: Path, name: str) -> Tensor:
 
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name).clone()
+
+
+def raw(path: Path, entry: Entry) -> np.ndarray:
+    """The bytes of one tensor, mapped, without torch."""
+    import numpy as np
+
+    with path.open("rb") as handle:
+        base = 8 + int.from_bytes(handle.read(8), "little")
+    return np.memmap(path, mode="r", offset=base + entry.start, shape=(entry.end - entry.start,))
 
 
 def _weight_map(path: Path) -> Mapping[str, str]:

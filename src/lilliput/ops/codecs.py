@@ -1,10 +1,10 @@
-"""Integer codecs: matrices as int8 (w8) or 4 bits (q4) in panels, by rounding or bit for bit from GGUF, GPTQ and AWQ files.
+"""Integer codecs: matrices as int8 (w8) or 4 bits (q4) in panels, by rounding or bit for bit from GGUF's blocks.
 
-    w8   w = s q            q in -127..127, one fp32 scale an output, or a group
+    w8   w = s q            q in -128..127, one fp32 scale an output, or a group
     q4   symmetric s (n - 8)      mins s n + m      zeros s (n - z)      n in 0..15; s, m, z fp16, one a group of 32, 64 or 128 inputs
 
-Nothing is requantised on import: GGUF's Q4_0 is q4 symmetric, Q4_1 is q4 with mins, Q8_0 is w8 in groups of 32; GPTQ and AWQ are
-q4 with zeros. `decode` is the reference: the fp32 matrix that a packed one stands for.
+Nothing is requantised on import: GGUF's Q4_0 is q4 symmetric, Q4_1 is q4 with mins, Q8_0 is w8 in groups of 32; GPTQ and AWQ
+(ops/words.py) are q4 with zeros. `decode` is the reference: the fp32 matrix that a packed one stands for.
 
 A nibble panel interleaves 8 inputs of 16 outputs: byte j of an output's four holds input k + j low and k + 4 + j high, so that one
 vector load, one mask and one shift give both halves in the order in which rows are broadcast.
@@ -21,7 +21,6 @@ from lilliput.ops.panels import PackedWeight, group_tensor, panels, rows
 
 GROUPS = (32, 64, 128)
 GGUF_BLOCKS = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}  # bytes of a block of 32
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of an AWQ word holds output AWQ_ORDER[i] of its 8
 
 
 def check_group(inputs: int, group: int) -> None:
@@ -61,9 +60,7 @@ def quantize_q4(weight_NK: Tensor, group: int, offset: str = "symmetric") -> Pac
 
 
 def pack_w8(q_NK: Tensor, scales_NG: Tensor, group: int) -> PackedWeight:
-    """int8 numbers and fp32 scales into panels. UserError for -128, which the kernels cannot multiply."""
-    if int(q_NK.min()) < -127:
-        raise UserError("an int8 weight holds -128", "products of int8 are exact for -127..127", "quantise it again, symmetrically")
+    """int8 numbers and fp32 scales into panels."""
     outputs, inputs = q_NK.shape
     padded = torch.nn.functional.pad(q_NK, (0, -inputs % 4))
     data = panels(padded).unflatten(2, (-1, 4)).transpose(1, 2).contiguous()  # [panel, K/4, 16, 4]
@@ -114,30 +111,3 @@ def from_gguf(kind: str, blocks: np.ndarray) -> PackedWeight:
     byte = parts[..., start:]  # 16 bytes: low nibbles are inputs 0..15, high nibbles 16..31
     n = torch.cat((byte & 15, byte >> 4), -1).flatten(1)
     return pack_q4(n, half(0), 32, "symmetric") if kind == "Q4_0" else pack_q4(n, half(0), 32, "mins", half(2))
-
-
-def from_gptq(qweight: Tensor, qzeros: Tensor, scales_GN: Tensor, group: int, g_idx: Tensor | None = None, plus_one: bool = True) -> PackedWeight:
-    """AutoGPTQ's 4-bit layout: qweight int32 [K/8, N], qzeros int32 [G, N/8], scales fp16 [G, N]. plus_one: the file stores z - 1 (format v1).
-
-    UserError when inputs were reordered by activation (g_idx not rising): the rows would have to be permuted too.
-    """
-    inputs = qweight.shape[0] * 8
-    if g_idx is not None and not torch.equal(g_idx.long().cpu(), torch.arange(inputs) // group):
-        raise UserError("this GPTQ matrix is reordered by activation", "its g_idx does not rise", "take a model quantised with desc_act=false")
-    n_KN = _words(qweight, 0)
-    z_GN = _words(qzeros, 1) + int(plus_one)
-    return pack_q4(n_KN.t().contiguous().to(torch.uint8), scales_GN.t(), group, "zeros", z_GN.t())
-
-
-def from_awq(qweight: Tensor, qzeros: Tensor, scales_GN: Tensor, group: int) -> PackedWeight:
-    """AWQ's GEMM layout: qweight int32 [K, N/8], qzeros int32 [G, N/8], scales fp16 [G, N]; outputs interleaved inside a word."""
-    order = torch.argsort(torch.tensor(AWQ_ORDER))
-    straight = lambda words: _words(words, 1).unflatten(1, (-1, 8))[..., order].flatten(1)
-    return pack_q4(straight(qweight).t().contiguous().to(torch.uint8), scales_GN.t(), group, "zeros", straight(qzeros).t())
-
-
-def _words(words: Tensor, dim: int) -> Tensor:
-    """int32 words -> their 8 nibbles, lowest first, unrolled along `dim`."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    nibbles = words.unsqueeze(dim + 1) >> (shifts[:, None] if dim == 0 else shifts) & 15
-    return nibbles.flatten(dim, dim + 1)

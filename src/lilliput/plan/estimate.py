@@ -142,15 +142,18 @@ def estimate_training(job: Job, facts: Facts, hardware: Hardware) -> Estimate:
     return estimate if estimate.fits else replace(estimate, fixes=tuple(fixes(trial)))
 
 
-def estimate_serving(facts: Facts, hardware: Hardware, sequences: int, context: int, element: int = 4, batch_tokens: int = 512) -> ServingEstimate:
+def estimate_serving(
+    facts: Facts, hardware: Hardware, sequences: int, context: int, element: int = 4, batch_tokens: int = 512, weights: int = 0, kv_token: int = 0
+) -> ServingEstimate:
     """The cost of serving `sequences` requests at a time with `context` tokens each, weights stored in `element` bytes.
 
-    hardware: its first device serves (Hardware.select chooses). batch_tokens: tokens of one engine step.
+    hardware: its first device serves (Hardware.select chooses). batch_tokens: tokens of one engine step. weights, kv_token:
+    bytes where storage is not `element` bytes a number (plan/serving.py).
     """
 
     def build(sequences: int, context: int) -> ServingEstimate:
         site = Site(hardware, {}, sequences, context, element)
-        return ServingEstimate(serving_ledger(facts, site, batch_tokens), site, 0, 0)
+        return ServingEstimate(serving_ledger(facts, site, batch_tokens, weights, kv_token), site, 0, 0)
 
     longest = _most(lambda n: build(sequences, n).fits, facts.context)
     most = _most(lambda n: build(n, context).fits, 1 << 24)

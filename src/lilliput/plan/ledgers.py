@@ -85,11 +85,12 @@ def training_ledger(facts: Facts, site: Site, rooms: Mapping[str, Any], dtype: s
     return _gradients(ledger, facts, trained, rounding, micro_batches, site.sequences * site.tokens, ELEMENT[dtype])
 
 
-def serving_ledger(facts: Facts, site: Site, batch_tokens: int) -> Ledger:
+def serving_ledger(facts: Facts, site: Site, batch_tokens: int, weights: int = 0, kv_token: int = 0) -> Ledger:
     """The ledger of an engine that holds site.sequences requests of site.tokens tokens each; work is that of one new token of each.
 
-    site.element: bytes of a stored weight. Keys and values, and activations, are fp32 on CPUs. batch_tokens: tokens of
-    one engine step. Activations are an upper bound: a block's saved terms, though inference frees most of them earlier.
+    weights: bytes of all of them; 0 = site.element each. kv_token: bytes of a token's keys and values; 0 = as computed, and
+    activations are computed in fp32 on CPUs. batch_tokens: tokens of one engine step. Activations are an upper bound: a block's
+    saved terms, though inference frees most of them earlier.
     """
     if facts.kv is None or facts.activations is None or facts.flops is None:
         missing = next(name for name in ("kv", "activations", "flops") if getattr(facts, name) is None)
@@ -97,13 +98,12 @@ def serving_ledger(facts: Facts, site: Site, batch_tokens: int) -> Ledger:
     computed = site.computed
     rows = min(batch_tokens, site.sequences * site.tokens)
     block = sum(a.size for a in facts.activations(1, rows, computed) if a.per == "block" and a.saved)
+    weights = weights or facts.parameters * site.element
+    kv = (kv_token or facts.kv.bytes_per_token(computed)) * site.sequences * site.tokens
     return Ledger(
         {
-            "parameters": Term(facts.parameters * site.element, traffic=float(facts.parameters * site.element)),
-            "kv": Term(
-                facts.kv.bytes_per_token(computed) * site.sequences * site.tokens,
-                traffic=float(facts.kv.bytes_per_token(computed) * site.sequences * site.tokens),
-            ),
+            "parameters": Term(weights, traffic=float(weights)),
+            "kv": Term(kv, traffic=float(kv)),
             "activations.one block": Term(block, moments=("forward",)),
             "activations.logits": Term(2 * site.sequences * facts.vocab * 4, moments=("forward",)),
             "forward": Term(flops=site.sequences * facts.flops(1, site.tokens)),

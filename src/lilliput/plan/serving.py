@@ -1,6 +1,6 @@
 """Where a server's memory goes, before it starts and without torch: weights as they are stored, cache blocks, the work of one step.
 
-    weights   bits a weight of the storage, scales included; a GGUF file as large as it lies on disk
+    weights   as the runner holds them, to the byte: models/stored.py
     cache     serve.kv_tokens, or as many tokens as the engine takes by itself: four contexts, at most a quarter of the free memory
     swap      serve.swap_tokens beside it
     adapters  serve.max_adapters of them, each as large as the largest that lies in serve.adapters; as narrow as ops/low_rank.py keeps them
@@ -11,24 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lilliput.base.facts import Facts
+from lilliput.base import registry
 from lilliput.base.show import size
 from lilliput.models.adapters import ranks
 from lilliput.models.facts import facts
+from lilliput.models.stored import PANEL, native_bytes
+from lilliput.plan.ledgers import ELEMENT
 from lilliput.serve.adapters import Library
 from lilliput.serve.blocks import BLOCK, blocks_for
 
 if TYPE_CHECKING:
     from lilliput.base.job import Serve
+    from lilliput.models.checkpoints import Checkpoint
     from lilliput.models.spec import DecoderSpec
 
-WEIGHT_BITS = {"fp32": 32.0, "fp16": 16.0, "w8": 8.05, "q4": 4.25, "nf4": 4.25, "fp8": 8.05, "fp8_rows": 8.05}  # scales of groups of 64 or of rows
 KV_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
-PANEL = 16  # outputs side by side in a packed matrix, ops/panels.py
-HALF_EMBEDDING = ("nf4", "fp8", "fp8_rows")  # the embedding stays fp16
 
 
 @dataclass(frozen=True)
@@ -91,17 +90,17 @@ class MemoryPlan:
         }  # fmt: skip
 
 
-def memory_plan(spec: DecoderSpec, path: Path | None, serve: Serve, runner: str, free: int) -> MemoryPlan:
-    """The plan of a model (`path`: its file or folder, None for a bare size) run as the section `serve` says, with `free` bytes."""
+def memory_plan(spec: DecoderSpec, checkpoint: Checkpoint | None, serve: Serve, runner: str, free: int, dtype: str = "fp32") -> MemoryPlan:
+    """The plan of a model (`checkpoint`: None for a bare size) run as the section `serve` says, with `free` bytes. dtype: of the eager runner's weights."""
     about = facts(spec)
-    weights, stored = _weights(about, spec, path, serve.weights if runner == "native" else "fp32")
+    weights, stored, half = weight_bytes(spec, checkpoint, serve, runner, dtype)
     token = kv_token_bytes(spec, serve.kv if runner == "native" else "fp32")
     assert about.kv is not None and about.activations is not None, "a decoder states its cache and its activations"
     tokens = serve.kv_tokens or max(BLOCK, min(4 * spec.context, free // 4 // about.kv.bytes_per_token(4)))
     rows = min(serve.max_batch_tokens, tokens)
     step = sum(a.size for a in about.activations(1, rows, 4) if a.per == "block" and a.saved) + 4 * spec.vocab * 16
     return MemoryPlan(weights, stored, about.parameters, blocks_for(tokens), token * BLOCK, spec.context, step, free, serve.max_batch_tokens,
-                      token * BLOCK * (serve.swap_tokens // BLOCK), *_adapters(spec, serve, runner, stored))  # fmt: skip
+                      token * BLOCK * (serve.swap_tokens // BLOCK), *_adapters(spec, serve, runner, half))  # fmt: skip
 
 
 def kv_token_bytes(spec: DecoderSpec, codec: str) -> int:
@@ -119,20 +118,20 @@ def adapter_bytes(spec: DecoderSpec, ranks: Mapping[str, int], runner: str, half
     return total * (2 if half else 4)
 
 
-def _adapters(spec: DecoderSpec, serve: Serve, runner: str, stored: str) -> tuple[int, str]:
+def _adapters(spec: DecoderSpec, serve: Serve, runner: str, half: bool) -> tuple[int, str]:
     if not serve.adapters:
         return 0, ""
     found = Library(serve.adapters).found()
-    half = runner == "native" and stored != "fp32"
     each = max((adapter_bytes(spec, ranks(folder, spec), runner, half) for folder in found.values()), default=0)
     return serve.max_adapters * each, f"{serve.max_adapters} at most, {size(each)} each in {'fp16' if half else 'fp32'}; {len(found)} are loaded at the start"
 
 
-def _weights(about: Facts, spec: DecoderSpec, path: Path | None, weights: str) -> tuple[int, str]:
-    if weights == "file" and path is not None and path.suffix == ".gguf":
-        return path.stat().st_size, "the file's own blocks"
-    kind = "fp32" if weights == "file" else weights
-    embedding = spec.vocab * (spec.embed_dim or spec.dim)
-    if kind in HALF_EMBEDDING:
-        return int((about.parameters - embedding) * WEIGHT_BITS[kind] / 8) + 2 * embedding, f"{kind}, embedding fp16"
-    return int(about.parameters * WEIGHT_BITS[kind] / 8), kind
+def weight_bytes(spec: DecoderSpec, checkpoint: Checkpoint | None, serve: Serve, runner: str, dtype: str) -> tuple[int, str, bool]:
+    """(bytes, how they are stored, whether adapters beside them are fp16)."""
+    if runner != "native":
+        return facts(spec).parameters * ELEMENT[dtype], dtype, False
+    on_read = registry.made("kv_policy", serve.policy).positions == "in_cache"
+    held = native_bytes(spec, serve.weights, checkpoint.layout if checkpoint else lambda name: None, on_read)
+    most = sorted(held.formats, key=lambda name: -held.formats[name])
+    stored = " and ".join(f"{name} ({size(held.formats[name])})" for name in most) if len(most) > 1 else most[0]
+    return held.bytes, stored + (", as in the file" if serve.weights == "file" and most != ["f32"] else ""), held.narrow
