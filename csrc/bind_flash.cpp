@@ -27,6 +27,7 @@ void bind_flash(nb::module_& m) {
   m.def("flash_forward", [](const FlashShape& s, const FlashMask& mask, Strided q, Strided k, Strided v, Strided o, Address logsum, int strip_keys, bool partial) {
     flash_forward(s, mask, view(q), view(k), view(v), out(o), at<float>(logsum), FlashForm{strip_keys, partial});
   }, Released());
+  m.def("flash_scratch", [] { const FlashScratch s = flash_scratch(); return std::make_tuple(s.rows, s.scores); });
   m.def("flash_backward", [](const FlashShape& s, const FlashMask& mask, Strided q, Strided k, Strided v, Strided o, Strided d_o, Address logsum, Strided dq,
                              Strided dk, Strided dv) {
     flash_backward(s, mask, view(q), view(k), view(v), view(o), view(d_o), at<float>(logsum), out(dq), out(dk), out(dv));

@@ -85,6 +85,7 @@ void bind_step(nb::module_& m) {
       })
       .def("rope", [](Plan& p, Address cos, Address sin) { p.cos = at<float>(cos); p.sin = at<float>(sin); })
       .def("rotate_on_read", [](Plan& p, Address cos, Address sin) { p.key_cos = at<float>(cos); p.key_sin = at<float>(sin); })
+      .def("scratch", [](const Plan& p) { return p.scratch.bytes(); })
       .def("clock", [](Plan& p, Address seconds) { p.clock = at<double>(seconds); })
       .def("learned", [](Plan& p, Address table) { p.learned = at<float>(table); })
       .def("embed", [](Plan& p, const Weight& w) { p.embed = w; })

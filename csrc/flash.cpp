@@ -168,6 +168,8 @@ struct Forward {
 
 }  // namespace
 
+FlashScratch flash_scratch() { return {long(kept_tiles.count * 4), long(kept_scores.count * 4)}; }
+
 void flash_forward(const FlashShape& s, const FlashMask& m, View q, View k, View v, Out o, float* logsum, FlashForm form) {
   Job job(s, m);
   int most = 1;

@@ -43,6 +43,10 @@ struct FlashShape {
 void flash_forward(const FlashShape& s, const FlashMask& m, View q, View k, View v, Out o, float* logsum, FlashForm form);
 void flash_backward(const FlashShape& s, const FlashMask& m, View q, View k, View v, View o, View d_o, const float* logsum, Out dq, Out dk, Out dv);
 
+// Bytes of scratch that stay with the calling thread for `flash_forward`: (rows of scores that every worker has, all scores in memory).
+struct FlashScratch { long rows, scores; };
+FlashScratch flash_scratch();
+
 struct FlashTile {             // one block of queries against one tile of keys, of one head
   int rows, keys;              // valid ones
   int first_query, first_key;  // positions, counted so that equal ones are the same token

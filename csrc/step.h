@@ -128,6 +128,11 @@ struct Plan {
   struct Scratch {
     std::vector<float> normed, wide, hidden, qkv, attended, up, acted, partial, rounded, low;
     std::vector<char> rows8;
+    size_t bytes() const {
+      size_t floats = 0;
+      for (const auto* v : {&normed, &wide, &hidden, &qkv, &attended, &up, &acted, &partial, &rounded, &low}) floats += v->size();
+      return floats * sizeof(float) + rows8.size();
+    }
   } scratch;
 
   void product(const Product& p, const float* x, long x_stride, int rows, float* y, long y_stride, bool add);

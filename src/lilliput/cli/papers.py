@@ -24,8 +24,9 @@ def papers(
     """List the 27 systems, and which work here.
 
     With a name: the reference and the claim of one. With run and a name: its claim, measured on this machine. A
-    system works when its rooms are registered and its claim is measured by a run of ours; nothing is marked by hand.
-    Published numbers are the authors', on their machines. Exit code 1: a measured claim did not hold here.
+    system works when its rooms are registered and its claim is measured by a run of ours, and works in part when the
+    claim rests on something that is not here yet, which is named. Published numbers are the
+    authors', on their machines. Exit code 1: a measured claim did not hold here.
 
     \b
     Examples:
@@ -62,12 +63,12 @@ def listing(show: Show) -> None:
 
     groups = index.papers()
     rows = [{"group": group, **_row(paper)} for group, members in groups.items() for paper in members]
-    working = sum(row["status"] == "works" for row in rows)
-    show.data({"works": working, "systems": rows})
+    working, partly = (sum(row["status"] == status for row in rows) for status in ("works", "in part"))
+    show.data({"works": working, "in part": partly, "systems": rows})
     for group in groups:
         here = [row | {"claim": _both(row)} for row in rows if row["group"] == group]
         show.table(here, ("name", "status", "switched on by", "claim"), group)
-    show.line(f"{working} of {len(rows)} systems work here. `lilliput papers NAME` shows one, `lilliput papers run NAME` measures its claim.")
+    show.line(f"{working} of {len(rows)} systems work here, {partly} in part. `lilliput papers NAME` shows one, `lilliput papers run NAME` measures its claim.")
 
 
 def detail(show: Show, paper: Paper) -> None:
@@ -79,7 +80,7 @@ def detail(show: Show, paper: Paper) -> None:
 
 def measure(show: Show, paper: Paper, dry_run: bool) -> int:
     """Run a paper's measurement and show it beside the published claim; code 1 when the claim does not hold here."""
-    if paper.run is None or not paper.works:
+    if paper.run is None or not paper.runs:
         raise UserError(f"{paper.system} is not built here yet", f"works: {', '.join(_working())}", f"lilliput papers run {_working()[0]}")
     if dry_run:
         show.data({"name": paper.name, "would_measure": paper.claim})
@@ -90,7 +91,9 @@ def measure(show: Show, paper: Paper, dry_run: bool) -> int:
     show.table([dict(row) for row in finding.rows], tuple(finding.rows[0]), f"{paper.system}, measured here")
     show.line(f"published: {paper.claim}")
     show.line(f"measured:  {finding.summary}")
-    show.line("the claim holds here" if finding.holds else "the claim does NOT hold here")
+    if paper.lacks:
+        show.line(f"not here:  {paper.lacks}")
+    show.line(("what is here holds" if paper.lacks else "the claim holds here") if finding.holds else "the claim does NOT hold here")
     return OK if finding.holds else OUR_FAULT
 
 
@@ -99,18 +102,19 @@ def _row(paper: Paper) -> dict[str, Any]:
         "name": paper.name,
         "system": paper.system,
         "status": paper.status,
-        "switched on by": " ".join(paper.switches) if paper.works else "",
+        "switched on by": " ".join(paper.switches) if paper.runs else "",
         "published claim": paper.claim,
-        "measured here": paper.measured if paper.works else "",
+        "measured here": paper.measured if paper.runs else "",
+        "not here yet": paper.lacks,
     }
 
 
 def _both(row: dict[str, Any]) -> str:
-    """The published claim, and what was measured here where it was."""
-    return row["published claim"] + (f" Here: {row['measured here']}." if row["measured here"] else "")
+    """The published claim, what was measured here where it was, and what is missing."""
+    return row["published claim"] + "".join(f" {word}: {row[key]}." for word, key in (("Here", "measured here"), ("Not here", "not here yet")) if row[key])
 
 
 def _working() -> list[str]:
     from lilliput.papers import index
 
-    return [paper.name for group in index.papers().values() for paper in group if paper.works]
+    return [paper.name for group in index.papers().values() for paper in group if paper.runs]

@@ -78,6 +78,14 @@ def attention(
     return FORWARD(_rows(q_BHTD), _rows(k_BGSD), _rows(v_BGSD), None, None, *numbers, *FORMS[form], slopes_H)[0]
 
 
+def scores() -> tuple[int, int]:
+    """Bytes of scratch that this thread's largest call so far has left: (scores and results that each worker has at once, all scores of the partial form)."""
+    found = native.module()
+    assert found is not None, "ask native.missing() first"
+    each, whole = found.flash_scratch()
+    return each // found.threads(), whole
+
+
 def attention_varlen(
     q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, cu_q: Tensor, cu_k: Tensor, *, causal: bool, window: int | None = None, sinks: int = 0,
     scale: float | None = None, slopes_H: Tensor | None = None, form: str = "auto",

@@ -103,6 +103,11 @@ class StepPlan:
         self._native.clock(seconds.data_ptr())
         return seconds
 
+    @property
+    def scratch(self) -> int:
+        """Bytes that regions hand results to each other in, of the largest step so far; all layers use the same."""
+        return int(self._native.scratch())
+
     def cache(self, store: KvStore) -> None:
         """Where keys and values lie; another store may take its place between steps."""
         self.store = store
