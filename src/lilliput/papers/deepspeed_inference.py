@@ -37,8 +37,8 @@ def run() -> Finding:
     summary = (
         f"a step of {PRESETS['tiny'].layers} layers is {step['calls of the plan']} native call and {step['torch operations']} torch operations, where the "
         f"plain decoder makes {one['torch operations']}; for {BATCHES[-1]} sequences those are {many['torch operations']} and write "
-        f"{many['results, KiB']} KiB, the plan's scratch has {shared['results, KiB']}; tokens are {'the same' if same else 'NOT the same'}; a token reads {step['weights, KiB a token']} KiB "
-        f"of weights alone in fp32, {narrow['weights, KiB a token']} among {BATCHES[-1]} in {narrow['bits a weight']} bits"
+        f"{many['results, KiB']} KiB, the plan's scratch has {shared['results, KiB']}; tokens are {'the same' if same else 'NOT the same'}; a token reads "
+        f"{step['weights, KiB a token']} KiB of weights alone in fp32, {narrow['weights, KiB a token']} among {BATCHES[-1]} in {narrow['bits a weight']} bits"
     )
     whole = all((row["torch operations"], row["calls of the plan"]) == (0, 1) for row in rows if row["form"] == "fused")
     less = all(float(a["results, KiB"]) > float(b["results, KiB"]) for (a, _), (b, _) in zip(eager, fused, strict=True))
