@@ -39,8 +39,9 @@ class StreamedAdamW:
         self.betas, self.eps, self.weight_decay, self.seed = betas, eps, weight_decay, seed
         self.numbers, self.ahead = tile, ahead
         self.steps = 0
-        self.norms: dict[str, torch.Tensor] = {}  # of the gradients that came this step
-        self.leaving: Future[None] | None = None
+        self.norms = {n: torch.zeros((), dtype=p.dtype, device=p.device) for n, p in self.parameters.items()}  # of gradients, written in place
+        self.came: set[str] = set()  # gradients of this step
+        self.leaving: tuple[torch.Tensor, Future[None]] | None = None
         largest = max(self.tile(name) for name in self.parameters)
         dtype = next(iter(self.parameters.values())).dtype
         kinds = {"parameters": dtype, "gradients": dtype, "first": torch.float32, "second": torch.float32}
@@ -63,35 +64,36 @@ class StreamedAdamW:
     def _leave(self, name: str, gradient: torch.Tensor) -> None:
         gradient = gradient.contiguous()
         self.drain()
-        if name in self.norms:
+        if name in self.came:
             before = torch.empty_like(gradient)
             self.tiers["gradients"].read(name, before.view(-1)).result()
             gradient = before.add_(gradient)
-        self.norms[name] = torch.linalg.vector_norm(gradient)
-        self.leaving = self.tiers["gradients"].write(name, gradient.view(-1))
+        self.came.add(name)
+        torch.linalg.vector_norm(gradient, out=self.norms[name])
+        self.leaving = gradient, self.tiers["gradients"].write(name, gradient.view(-1))
         self.tiers["gradients"].turn(name)
 
     def drain(self) -> None:
-        """Wait for the gradient that is on its way."""
+        """Wait for the gradient that is on its way; its bytes on the device are free after that, and not before, however quick the disk was."""
         if self.leaving is not None:
-            self.leaving.result()
+            self.leaving[1].result()
             self.leaving = None
 
     def norm(self) -> torch.Tensor:
         """Norm of all gradients of this step, as torch.nn.utils.clip_grad_norm_ takes it."""
         self.drain()
-        return torch.linalg.vector_norm(torch.stack([self.norms[n] for n in self.parameters if n in self.norms]))
+        return torch.linalg.vector_norm(torch.stack([self.norms[n] for n in self.parameters if n in self.came]))
 
     def zero_grad(self) -> None:
         """Forget this step's gradients."""
-        self.norms.clear()
+        self.came.clear()
 
     # ---- the update
 
     def tiles(self) -> Iterator[tuple[str, int, int]]:
         """(parameter, first number, numbers) of every tile, in the parameters' order."""
         for name in self.parameters:
-            if name in self.norms:
+            if name in self.came:
                 count, tile = self.parameters[name].numel(), self.tile(name)
                 yield from ((name, start, min(tile, count - start)) for start in range(0, count, tile))
 

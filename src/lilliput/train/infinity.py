@@ -141,7 +141,7 @@ class Infinity(Section):
             optimizer=replace(moments, tier=self.optimizer, moments=MOMENTS),
             disk=replace(ledger.terms["disk"], traffic=moved["disk"] + update, written=weights * disk["optimizer"] + wrote),
             **{
-                "gradients leaving": Term(site.element * largest_two(numbers), moments=("backward",)),
+                "gradients leaving": Term(site.element * (largest_two(numbers) + len(numbers)), moments=("backward",)),  # and their norms
                 "tiles of the update": Term(staged, tier="host"),
                 "second generations": Term(weights * disk["parameters"] + moments.bytes * disk["optimizer"], tier="disk"),
             },
@@ -172,7 +172,8 @@ class Infinity(Section):
         sizes = {name: p.numel() * rig.stored(name).itemsize for name, p in visiting.items()}
         matrices = [size for name, size in sizes.items() if not stays(visiting[name])]
         residents = Residents(min(sum(matrices), VISITORS * max(matrices)))
-        visits = residents.capacity + sum(sizes.values()) - sum(matrices)
+        norms = sum(rig.stored(name).itemsize for name, p in visiting.items() if p.requires_grad)  # one of each gradient that leaves
+        visits = residents.capacity + sum(sizes.values()) - sum(matrices) + norms
         return replace(rig, summon=residents.summon, visits=visits, keeper=residents)
 
     def store(self, rig: Rig) -> Rig:
@@ -227,7 +228,7 @@ class Infinity(Section):
 
     def watch(self, rig: Rig) -> Rig:
         """Parameters come by when they are used; gradients leave; the update clips by their norm and goes over the tiles."""
-        residents, inner = rig.keeper, rig.weight
+        residents, inner, objective = rig.keeper, rig.weight, rig.objective
         residents.watch(rig.model, rig.facts.tied)
 
         def value(rig: Rig, name: str) -> Tensor:
@@ -236,8 +237,13 @@ class Infinity(Section):
 
         if not rig.leaving():
             return replace(rig, weight=value, keeper=None, close=lambda rig: residents.close())
+
+        def drained(model: Any, micro: Any) -> tuple[Tensor, int]:
+            rig.optimizer.drain()
+            return objective(model, micro)
+
         rig.optimizer.watch()
-        return replace(rig, update=update, weight=value, keeper=rig.optimizer, close=lambda rig: rig.optimizer.close())
+        return replace(rig, objective=drained, update=update, weight=value, keeper=rig.optimizer, close=lambda rig: rig.optimizer.close())
 
 
 def update(rig: Rig, learning_rate: float) -> float:
