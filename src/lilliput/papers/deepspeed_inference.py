@@ -83,7 +83,7 @@ def _decoded(runner: str, weights: str, batch: int) -> tuple[Row, list[list[int 
 
 
 def _counted(engine: Engine) -> tuple[list[Any], int, int, int]:
-    """One step: (deltas, torch operations that write, bytes of what they write, calls of the native plan)."""
+    """One step: (deltas, then of its forward pass torch operations that write, bytes of what they write, calls of the native plan)."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -111,12 +111,19 @@ def _counted(engine: Engine) -> tuple[list[Any], int, int, int]:
             self.count += 1
             self.inner.forward(*arguments)
 
+    runner: Any = engine.runner
     plan: Any = getattr(engine.model, "plan", None)
-    calls = Calls(None if plan is None else plan._native)
+    calls, seen, forward = Calls(None if plan is None else plan._native), Writes(), runner.forward
+
+    def watched(*arguments: Any) -> Any:  # the sampler comes after it, and is the same for both forms
+        with seen:
+            return forward(*arguments)
+
+    runner.forward = watched
     if plan is not None:
         plan._native = calls
-    with Writes() as seen:
-        deltas = engine.step()
+    deltas = engine.step()
+    runner.forward = forward
     if plan is not None:
         plan._native = calls.inner
     return deltas, seen.operations, seen.written, calls.count
