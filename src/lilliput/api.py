@@ -64,9 +64,9 @@ class LanguageModel:
         from lilliput.serve.engine import Engine
 
         serve = self.serve
-        engine = Engine(self.module, self.tokenizer, kv=serve.kv, kv_tokens=serve.kv_tokens or None, max_batch_tokens=serve.max_batch_tokens,
-                        sharing=serve.sharing, scheduling=serve.scheduling, preemption=serve.preemption, swap_tokens=serve.swap_tokens,
-                        swap_file_tokens=serve.swap_file_tokens, swap_folder=serve.swap_folder,
+        engine = Engine(self.module, self.tokenizer, context=serve.context, kv=serve.kv, kv_tokens=serve.kv_tokens or None,
+                        max_batch_tokens=serve.max_batch_tokens, sharing=serve.sharing, scheduling=serve.scheduling, preemption=serve.preemption,
+                        swap_tokens=serve.swap_tokens, swap_file_tokens=serve.swap_file_tokens, swap_folder=serve.swap_folder,
                         policy=serve.policy, draft=_drafter(serve), guesses=serve.guesses, max_adapters=serve.max_adapters)  # fmt: skip
         if serve.adapters:
             for name, folder in Library(serve.adapters).found().items():

@@ -110,7 +110,7 @@ def test_a_conversation_remembers_and_a_full_context_is_a_clear_error(folder: Pa
     talk.ask("first", lambda text: None)
     assert [m["role"] for m in talk.messages] == ["user", "assistant"] and len(talk.prompt("x")) > len("first") + 8
     before = list(talk.messages)
-    with pytest.raises(UserError, match="longer than the model's context"):
+    with pytest.raises(UserError, match="longer than the context"):
         talk.ask("x" * CONTEXT, lambda text: None)
     assert talk.messages == before and not talk.engine.busy
     show, out, err = shows()

@@ -19,6 +19,7 @@ from http_server import longer
 from served import held
 from typer.testing import CliRunner
 
+from lilliput.base.errors import UserError
 from lilliput.base.job import Job
 from lilliput.cli.main import application
 
@@ -79,6 +80,10 @@ def test_the_plan_counts_what_is_asked_for_and_says_what_would_fit() -> None:
     spec, checkpoint = resolve("lilliput-tiny", fetch=False)
     plan = memory_plan(spec, checkpoint, Job.load(serve={"kv_tokens": 1000, "swap_tokens": 320, "max_batch_tokens": 64}).serve, "native", 8 << 20)
     assert (plan.blocks, plan.swap // plan.block_bytes, plan.step_tokens) == (63, 20, 64) and plan.total == plan.weights + 83 * plan.block_bytes + plan.step
+    narrow = memory_plan(spec, checkpoint, Job.load(serve={"context": 96}).serve, "native", 8 << 30)
+    assert (narrow.context, narrow.blocks) == (96, 4 * 96 // 16)
+    with pytest.raises(UserError, match="beyond the model"):
+        memory_plan(spec, checkpoint, Job.load(serve={"context": spec.context + 1}).serve, "native", 8 << 30)
     large = Job.load(serve={"kv_tokens": 1 << 20}).serve
     short = memory_plan(spec, checkpoint, large, "native", 8 << 20)
     assert not short.fits

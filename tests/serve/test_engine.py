@@ -194,13 +194,28 @@ def test_an_answer_ends_where_the_context_ends() -> None:
     assert len(done.tokens) == 8 and done.finish_reason == "length"
 
 
+def test_a_context_below_the_models() -> None:
+    """Requests end at it, the cache is sized by it, and the tokens are those of the whole context."""
+    model = model_of("llama")
+    engine, whole = engine_of(model, context=40, kv_tokens=None), engine_of(model)
+    assert engine.pool.total * 16 == 4 * 40 and whole.context == 128
+    done, more = (one.generate([[5] * 30], Sampling(1000, ignore_eos=True))[0].tokens for one in (engine, whole))
+    assert len(done) == 10 and len(more) == 98 and list(more[:10]) == list(done)
+    with pytest.raises(UserError, match="longer than the context") as error:
+        engine.add([5] * 40)
+    assert "40 tokens of prompt, 40 tokens of context" in str(error.value.why)
+    with pytest.raises(UserError, match="beyond the model") as error:
+        engine_of(model, context=129)
+    assert error.value.fix == "serve.context=128"
+
+
 @pytest.mark.parametrize(
     "prompt, sampling, words",
     [
         ([], Sampling(), "no tokens"),
         ([1, 259], Sampling(), "token id 259"),
         ([-1], Sampling(), "token id -1"),
-        ([1] * 128, Sampling(), "longer than the model's context"),
+        ([1] * 128, Sampling(), "longer than the context"),
         ([1] * 60, Sampling(50), "does not fit into the cache"),
     ],
     ids=["empty", "vocabulary", "negative", "context", "cache"],

@@ -265,7 +265,7 @@ BAD = [
     ({"messages": []}, "messages", "at least 1"),
     ({"messages": [{"role": "user"}]}, "messages.0", "needs content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0.content.0.type", "Input should be"),
-    ({"messages": [{"role": "user", "content": "x" * 20000}]}, "messages", "longer than the model's context"),
+    ({"messages": [{"role": "user", "content": "x" * 20000}]}, "messages", "longer than the context"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "not valid Unicode"),
     ({"logit_bias": {"a": 1}}, "logit_bias", "names no token"),
     ({"logit_bias": {"99999": 1}}, "messages", "not in the vocabulary"),

@@ -6,6 +6,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from http_server import KEY, Running, running
@@ -257,3 +258,16 @@ def test_a_page_of_a_named_origin_may_call_and_no_other(server: Running) -> None
     assert status == 400 and "access-control-allow-origin" not in head
     status, _, head = call(server, "/v1/models", Origin="https://page.example", Authorization="Bearer wrong")
     assert status == 401 and head["access-control-allow-origin"] == "https://page.example", "the page can read why"
+
+
+def test_a_context_below_the_models_over_http(tmp_path: Path) -> None:
+    with running(tmp_path, "serve.context=64") as server:
+        client = server.client()
+        assert client.models.list().data[0].model_dump()["max_model_len"] == 64
+        with pytest.raises(openai.BadRequestError) as long:
+            client.completions.create(model="tiny", prompt=[5] * 70, max_tokens=1)
+        assert long.value.code == "context_length_exceeded" and "70 tokens of prompt, 64 tokens of context" in str(long.value)
+        answer = client.completions.create(model="tiny", prompt=[5] * 60, max_tokens=50, extra_body={"ignore_eos": True})
+        assert answer.usage.completion_tokens == 4 and answer.choices[0].finish_reason == "length"
+        short = client.completions.create(model="tiny", prompt=[5] * 90, max_tokens=4, extra_body={"truncate_prompt_tokens": -1, "ignore_eos": True})
+        assert short.usage.prompt_tokens == 60

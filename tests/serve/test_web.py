@@ -112,7 +112,7 @@ def test_a_refusal_is_shown(page, server) -> None:
     page.focus("#text")
     page.keyboard.press("Enter")
     page.wait_for_selector(".note.error")
-    assert "longer than the model's context" in page.text_content(".note.error")
+    assert "longer than the context" in page.text_content(".note.error")
 
 
 def test_two_models_side_by_side(page_of_two, pair) -> None:

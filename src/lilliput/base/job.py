@@ -111,6 +111,7 @@ class Serve(Section):
         "file", description="how the native runner keeps matrices; file = as the file does (GGUF, GPTQ, AWQ, fp16), else fp32; fp8_rows: activations in fp8 too"
     )
     kv: Literal["fp32", "fp16", "int8", "int4"] = Field("fp32", description="how the native runner stores keys and values")
+    context: int = Field(0, ge=0, description="tokens of one request, prompt and answer together; 0 = the model's context")
     kv_tokens: int = Field(0, ge=0, description="tokens of cache over all requests; 0 = four contexts, at most a quarter of the free memory")
     max_batch_tokens: int = Field(512, ge=1, description="tokens of one step over all requests, and answers that run at once")
     sharing: bool = Field(True, description="prompts with the same beginning compute it once")

@@ -84,13 +84,15 @@ def serving(job: Job, sequences: int, context: int) -> ServingEstimate:
     from lilliput.plan.estimate import estimate_serving
     from lilliput.plan.ledgers import ELEMENT
     from lilliput.plan.serving import kv_token_bytes, weight_bytes
+    from lilliput.serve.admission import context_of
 
     spec, checkpoint = resolve(job.top.model, fetch=False)
     machine, about = hardware.find(job.top.hardware).select(job.top.device), facts(spec)
     runner, _ = choose_runner(spec, job.serve, machine.device.kind)
     kept = {"weights": weight_bytes(spec, checkpoint, job.serve, runner, job.top.dtype)[0], "kv_token": kv_token_bytes(spec, job.serve.kv)}
     as_stored = kept if runner == "native" else {}
-    return estimate_serving(about, machine, sequences, context or spec.context, ELEMENT[job.top.dtype], job.serve.max_batch_tokens, **as_stored)
+    context = context or context_of(job.serve.context, spec.context)
+    return estimate_serving(about, machine, sequences, context, ELEMENT[job.top.dtype], job.serve.max_batch_tokens, **as_stored)
 
 
 def present(estimate: Estimate | ServingEstimate, show: Show, **more: str) -> int:

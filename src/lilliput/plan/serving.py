@@ -20,6 +20,7 @@ from lilliput.models.facts import facts
 from lilliput.models.stored import PANEL, native_bytes
 from lilliput.plan.ledgers import ELEMENT
 from lilliput.serve.adapters import Library
+from lilliput.serve.admission import context_of
 from lilliput.serve.blocks import BLOCK, blocks_for
 
 if TYPE_CHECKING:
@@ -96,10 +97,11 @@ def memory_plan(spec: DecoderSpec, checkpoint: Checkpoint | None, serve: Serve, 
     weights, stored, half = weight_bytes(spec, checkpoint, serve, runner, dtype)
     token = kv_token_bytes(spec, serve.kv if runner == "native" else "fp32")
     assert about.kv is not None and about.activations is not None, "a decoder states its cache and its activations"
-    tokens = serve.kv_tokens or max(BLOCK, min(4 * spec.context, free // 4 // about.kv.bytes_per_token(4)))
+    context = context_of(serve.context, spec.context)
+    tokens = serve.kv_tokens or max(BLOCK, min(4 * context, free // 4 // about.kv.bytes_per_token(4)))
     rows = min(serve.max_batch_tokens, tokens)
     step = sum(a.size for a in about.activations(1, rows, 4) if a.per == "block" and a.saved) + 4 * spec.vocab * 16
-    return MemoryPlan(weights, stored, about.parameters, blocks_for(tokens), token * BLOCK, spec.context, step, free, serve.max_batch_tokens,
+    return MemoryPlan(weights, stored, about.parameters, blocks_for(tokens), token * BLOCK, context, step, free, serve.max_batch_tokens,
                       token * BLOCK * (serve.swap_tokens // BLOCK), *_adapters(spec, serve, runner, half))  # fmt: skip
 
 

@@ -43,7 +43,7 @@ class Door:
         endless = self.policy.positions == "in_cache"  # positions never leave the cache
         if len(prompt) >= self.context and not endless:
             why = f"{len(prompt):,} tokens of prompt, {self.context:,} tokens of context, and the answer needs at least one"
-            raise UserError("the prompt is longer than the model's context", why, f"shorten the prompt by {len(prompt) - self.context + 1:,} tokens or more")
+            raise UserError("the prompt is longer than the context", why, f"shorten the prompt by {len(prompt) - self.context + 1:,} tokens or more")
         if self.policy.evicts and how.width > 1:
             raise UserError("several answers share the prompt's keys, and this cache policy moves them", f"{how.width} answers", "n=1, and ask several times")
         limit = how.max_tokens if endless else min(how.max_tokens, self.context - len(prompt))
@@ -68,7 +68,14 @@ class Door:
         raise DoesNotFit("the request does not fit into the cache", why, f"kv_tokens={need * BLOCK}" + (f" or max_tokens={fits}" if fits else ""))
 
 
-def affordable(model: Decoder | NativeDecoder) -> int:
+def context_of(asked: int, own: int) -> int:
+    """Tokens of one request: what is asked for, else the model's own context. UserError for more than that."""
+    if asked > own:
+        raise UserError(f"context={asked} is beyond the model", f"it was made for {own:,} positions", f"serve.context={own}")
+    return asked or own
+
+
+def affordable(model: Decoder | NativeDecoder, context: int) -> int:
     """Tokens of cache where nobody says how many: four contexts, at most a quarter of the free memory, at least a block."""
     kv = model.facts.kv
     assert kv is not None, "a decoder states the shape of its keys and values"
@@ -81,4 +88,4 @@ def affordable(model: Decoder | NativeDecoder) -> int:
         free, element = torch.cuda.mem_get_info(model.device)[0], next(model.parameters()).element_size()
     else:
         free, element = hardware.memory()[1], 4
-    return max(BLOCK, min(4 * model.facts.context, free // 4 // kv.bytes_per_token(element)))
+    return max(BLOCK, min(4 * context, free // 4 // kv.bytes_per_token(element)))

@@ -26,7 +26,7 @@ from lilliput.base.protocols import KVPolicy, Runner
 from lilliput.data.tokenizer import Tokenizer
 from lilliput.ops import sampling as ops
 from lilliput.serve.adapters import Adapter, Adapters, names, together
-from lilliput.serve.admission import Door, affordable
+from lilliput.serve.admission import Door, affordable, context_of
 from lilliput.serve.answer import Answer, Request, bad_word_ids, score_prompt, spoken
 from lilliput.serve.beams import Beam, Search
 from lilliput.serve.blocks import BLOCK, BlockPool, blocks_for
@@ -55,6 +55,7 @@ class Engine:
         model: Decoder | NativeDecoder,
         tokenizer: Tokenizer,
         *,
+        context: int = 0,
         kv_tokens: int | None = None,
         max_batch_tokens: int = 512,
         policy: str = registry.names("kv_policy")[0],
@@ -71,15 +72,16 @@ class Engine:
         guesses: int = 8,
         max_adapters: int = 16,
     ) -> None:
-        """`kv_tokens`: tokens of cache over all requests (None: four full contexts, or what a quarter of the free memory holds).
+        """`context`: tokens of one request (0: the model's context). `kv_tokens`: tokens of cache over all requests (None: four full
+        contexts, or what a quarter of the free memory holds).
         `max_batch_tokens`: tokens of one step, and sequences that run at once. `policy`: a registered cache policy. `kv`: how a native
         model's cache is stored. `sharing`: prompts with the same beginning compute it once. `preemption`, `swap_tokens` (0 = none, so that
         preempted answers are computed again), `swap_file_tokens` more in a file in `swap_folder`, `batching`, `reserve`: serve/scheduler.py.
         `draft`: a drafter ("name:argument", "" = none) or a model that guesses, at most `guesses` tokens a step: serve/speculative.py.
         `max_adapters`: loaded at once, serve/adapters.py."""
         self.model, self.tokenizer = model, tokenizer
-        self.context, self.priorities = model.facts.context, scheduling == "priority"
-        wanted = affordable(model) if kv_tokens is None else kv_tokens
+        self.context, self.priorities = context_of(context, model.facts.context), scheduling == "priority"
+        wanted = affordable(model, self.context) if kv_tokens is None else kv_tokens
         for name, value in (("kv_tokens", wanted), ("max_batch_tokens", max_batch_tokens)):
             if value < 1:
                 raise UserError(f"{name}={value} leaves no room for a token", fix=f"{name}=512")
@@ -93,7 +95,7 @@ class Engine:
         blocks = self.pool.total
         self.runner: Runner = runner_of(model, blocks, kv, swap)
         self.adapters = Adapters(model.spec, self.runner.lower, max_adapters)
-        self.guesses = Speculation(draft, guesses, Place(model, self.runner, blocks, swap, kv)) if draft else None
+        self.guesses = Speculation(draft, guesses, Place(model, self.runner, blocks, swap, kv, self.context)) if draft else None
         self.costs = Costs(self.pool, self.runner, preemption, swap.host)
         self.scheduler = Scheduler(self.pool, max_batch_tokens, choose=self.costs.choose, batching=batching, reserve=reserve,
                                    window=self.policy.size)  # fmt: skip

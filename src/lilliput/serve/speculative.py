@@ -153,13 +153,14 @@ class Controller:
 
 @dataclass(frozen=True)
 class Place:
-    """What a drafter may use: the model, its runner, and the blocks of its cache and its swap space."""
+    """What a drafter may use: the model, its runner, the blocks of its cache and its swap space, and how long a request may be."""
 
     model: Any
     runner: Any
     blocks: int
     swap: Swap
     kv: str
+    context: int
 
 
 class Speculation:

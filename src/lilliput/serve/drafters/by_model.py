@@ -125,8 +125,9 @@ class Model(ByModel):
         mine, theirs = argument.facts, place.model.facts
         if mine.vocab != theirs.vocab:
             raise UserError("the model that guesses has another vocabulary", f"{mine.vocab:,} tokens beside {theirs.vocab:,}", "draft=ngram")
-        if mine.context < theirs.context:
-            raise UserError("the model that guesses has a shorter context", f"{mine.context:,} tokens beside {theirs.context:,}", "draft=ngram")
+        if mine.context < place.context:
+            why = f"{mine.context:,} tokens beside {place.context:,}"
+            raise UserError("the model that guesses has a shorter context", why, f"serve.context={mine.context}, or draft=ngram")
         self.runner = runner_of(argument, place.blocks, place.kv, place.swap)
         super().__init__(self.runner.forward, own=True)
 

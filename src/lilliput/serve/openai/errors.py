@@ -37,7 +37,7 @@ def from_user_error(error: UserError, param: str | None = None) -> ApiError:
     """An engine's refusal. The field is the one its first words name (`temperature=3 is out of range`), else `param`."""
     named = re.match(r"(\w+)=", error.what)
     parts = [error.what, error.why, f"try: {error.fix}" if error.fix else ""]
-    long = "longer than the model's context" in error.what
+    long = "longer than the context" in error.what
     return ApiError("; ".join(part for part in parts if part), named[1] if named else param, code="context_length_exceeded" if long else None)
 
 
