@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-KERNEL_TESTS := $(wildcard $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,adamw attention flash fused linear nf4 norm packed paged q4 sampler sampling sparse varlen) \
+KERNEL_TESTS := $(wildcard $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,adamw attention dispatch flash fused linear nf4 norm packed paged q4 sampler sampling sparse varlen) \
 	models/test_native models/test_encoder serve/test_native_runner serve/test_adapters)))
 NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/kernels/*.cpp)
 

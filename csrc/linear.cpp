@@ -14,7 +14,7 @@ void each_tile(int rows, int panels, F&& tile) {
   if (rows <= 0) return;
   const int down = (rows + 95) / 96, wanted = 4 * threads(), least = (panels + 31) / 32, most = (panels + 1) / 2;  // 2 to 32 panels
   const int across = std::min(most, std::max(least, (wanted + down - 1) / down));
-  parallel(across * down, [&](int task, int) {
+  parallel_home(across * down, [&](int task, int) {
     const long r = task % down, p = task / down;
     tile(int(rows * r / down), int(rows * (r + 1) / down), int(panels * p / across), int(panels * (p + 1) / across));
   });
@@ -27,7 +27,10 @@ constexpr int FEW = 1 << 12;  // numbers below which waking the pool costs more 
 void quantize8(const Weight& w, const float* x, long x_stride, int rows, const float* given, const Rows8& to) {
   const auto quantize = linear_int().quantize;
   if (long(rows) * w.inputs < FEW) quantize(w, x, x_stride, 0, rows, given, to);
-  else parallel_ranges(rows, std::max(1, FEW / 2 / w.inputs), [&](long r0, long r1) { quantize(w, x, x_stride, int(r0), int(r1), given, to); });
+  else {
+    const int tasks = int(std::min({long(rows), long(rows) * w.inputs / (FEW / 2), 4L * threads()}));
+    parallel_home(tasks, [&](int i, int) { quantize(w, x, x_stride, int(long(rows) * i / tasks), int(long(rows) * (i + 1) / tasks), given, to); });
+  }
 }
 
 size_t rows8_bytes(const Weight& w, int rows) {

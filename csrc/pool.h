@@ -7,6 +7,7 @@
 // Results must not depend on which worker runs a task. `worker` (0 = the caller) indexes scratch memory,
 // which belongs to the call: never static, since two callers can both be worker 0.
 #pragma once
+#include <atomic>
 
 namespace lilliput {
 
@@ -23,6 +24,24 @@ template <class F>
 static inline void parallel(int tasks, F&& f) {
   if (tasks <= 0) return;
   run(tasks, [](void* context, int task, int worker) { (*static_cast<F*>(context))(task, worker); }, const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// The same, but a worker begins with its own share of the tasks, the same one in every region of as many, and helps others when that is
+// done: what it wrote or read last time is in its own cache. Between two cores a line takes 150 ns and more, where it is needed at once.
+template <class F>
+static inline void parallel_home(int tasks, F&& f) {
+  constexpr int HOMES = 16;
+  struct alignas(64) Share { std::atomic<int> next; int end; } shares[HOMES];
+  const int homes = threads() < HOMES ? threads() : HOMES;
+  for (int h = 0; h < homes; h++) { shares[h].next.store(int(long(tasks) * h / homes), std::memory_order_relaxed); shares[h].end = int(long(tasks) * (h + 1) / homes); }
+  parallel(tasks, [&](int, int worker) {  // as many calls as tasks, so that each finds one
+    for (int h = worker;; h++) {
+      Share& s = shares[h % homes];
+      if (s.next.load(std::memory_order_relaxed) >= s.end) continue;
+      const int task = s.next.fetch_add(1, std::memory_order_relaxed);
+      if (task < s.end) return f(task, worker);
+    }
+  });
 }
 
 // f(from, to) over ranges of `count` things, a whole number of `unit` each but for the last; several units a task where there are many.

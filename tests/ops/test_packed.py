@@ -58,7 +58,7 @@ def test_equals_reference_for_every_number_of_rows(name: str, level: str) -> Non
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_row_does_not_depend_on_its_company(name: str, level: str) -> None:
-    """Bit-equal alone, in batches of 2 to 130, on one thread and on two."""
+    """Bit-equal alone, in batches of 2 to 130, on 1, 2, 3 and 20 threads."""
     torch.manual_seed(1)
     with native.using(level):
         weight, x = make(torch.randn(70, 160), name), torch.randn(130, 160)
@@ -66,10 +66,11 @@ def test_a_row_does_not_depend_on_its_company(name: str, level: str) -> None:
             whole = packed.linear(x, weight, activations=way)
             for rows in (1, 2, 3, 4, 5, 6, 7, 9, 97):
                 assert torch.equal(packed.linear(x[3 : 3 + rows], weight, activations=way), whole[3 : 3 + rows]), f"{rows} rows, {way}"
-            native.threads(1)
-            alone = packed.linear(x, weight, activations=way)
-            native.threads(2)
-            assert torch.equal(alone, whole)
+            for threads in (1, 3, 20):  # 20: more than there are shares (csrc/pool.h)
+                native.threads(threads)
+                other = packed.linear(x, weight, activations=way)
+                native.threads(2)
+                assert torch.equal(other, whole), f"{threads} threads"
 
 
 @needs_native

@@ -25,6 +25,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Rounds in which the sides take turns; figures are medians.")] = 5,
     llama_cpp: Annotated[str, typer.Option("--llama-cpp", help="Python of an environment with llama-cpp-python.", show_default=False)] = "",
     vllm: Annotated[str, typer.Option("--vllm", help="Python of an environment with vLLM for CPUs.", show_default=False)] = "",
+    only: Annotated[str, typer.Option("--only", help="Of `ops`, these sections alone: names with commas.", show_default=False)] = "",
     page: Annotated[str, typer.Option("--page", help="Also write the tables as Markdown to this file.", show_default=False)] = "",
     json: common.Json = False,
     dry_run: common.DryRun = False,
@@ -39,6 +40,7 @@ def bench(
     \b
     Examples:
       lilliput bench ops
+      lilliput bench ops --only linear,cache
       lilliput bench decode model=smollm2-135m threads=2
       lilliput bench decode --llama-cpp ~/venvs/llama/bin/python --page decode.md
     """
@@ -61,7 +63,7 @@ def bench(
         show.data({"would_measure": what, "model": job.top.model})
         show.line(f"would measure {what}" + (f" of {job.top.model}" if what == "decode" else ""))
         return OK
-    tables, document = ops(job, rounds, show) if what == "ops" else decode(job, rounds, show, llama_cpp, vllm)
+    tables, document = ops(job, rounds, show, only.replace(",", " ").split()) if what == "ops" else decode(job, rounds, show, llama_cpp, vllm)
     show.data(document)
     for title, rows, columns in tables:
         show.table(rows, columns, title)
@@ -113,7 +115,7 @@ def decode(job: Job, rounds: int, show: Show, llama: str = "", vllm: str = "") -
     return tables, {"machine": about, "rates": plain, "ratios": compared}
 
 
-def ops(job: Job, rounds: int, show: Show) -> tuple[list[Table], dict[str, Any]]:
+def ops(job: Job, rounds: int, show: Show, only: list[str]) -> tuple[list[Table], dict[str, Any]]:
     """Every kernel family beside its peers."""
     from lilliput.base import hardware
     from lilliput.loops import bench as loop
@@ -121,7 +123,10 @@ def ops(job: Job, rounds: int, show: Show) -> tuple[list[Table], dict[str, Any]]
     from lilliput.ops import native
 
     native.threads(hardware.cpus() if job.top.threads == "auto" else job.top.threads)
-    limits, rows = bench_ops.measure(rounds, show.line)
+    for name in only:
+        if name not in bench_ops.SECTIONS:
+            raise UserError(f"`bench ops` has no section `{name}`", fix=did_you_mean(name, list(bench_ops.SECTIONS)))
+    limits, rows = bench_ops.measure(rounds, show.line, only)
     about = loop.machine() | limits
     return [("kernels", rows, bench_ops.COLUMNS)], {"machine": about, "ops": rows}
 

@@ -44,7 +44,7 @@ def supports(x: Tensor, weight: PackedWeight) -> str | None:
     """Why the extension cannot multiply these; None when it can."""
     if native.module() is None:
         return native.missing()
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if not x.is_cpu or x.dtype != torch.float32:
         return f"it takes fp32 on the CPU, x is {x.dtype} on {x.device.type}"
     return None
 
@@ -65,16 +65,16 @@ def linear(
     if supports(x, weight) is not None:
         y = reference(x, weight, bias, int8, static_G)
         return y if add_to is None else add_to.add_(y)
-    flat = x.reshape(-1, weight.inputs)
+    flat = x if x.dim() == 2 else x.reshape(-1, weight.inputs)
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
     if add_to is None and native.watched(flat):
         numbers = FORMATS.index(weight.format), weight.outputs, weight.group, OFFSETS.index(weight.offset)
         return LINEAR(flat, weight.data, weight.scales, weight.offsets, *numbers, bias, int8, static_G).view(*x.shape[:-1], weight.outputs)
     assert add_to is None or add_to.is_contiguous(), "add_to must be contiguous"
-    y = torch.empty(*x.shape[:-1], weight.outputs) if add_to is None else add_to
+    y = flat.new_empty(flat.shape[0], weight.outputs) if add_to is None else add_to  # torch.empty takes 3 us, this one
     _multiply(flat, weight, bias, int8, static_G, y, add_to is not None)
-    return y
+    return y if add_to is not None or flat is x else y.view(*x.shape[:-1], weight.outputs)
 
 
 def reference(x: Tensor, weight: PackedWeight, bias: Tensor | None, int8: bool, static_G: Tensor | None = None) -> Tensor:
