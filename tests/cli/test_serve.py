@@ -61,36 +61,100 @@ def test_planned_bytes_are_those_of_the_native_runner(weights: str, kv: str, smo
     from lilliput.ops.paged import KvStore
     from lilliput.plan.serving import memory_plan
 
-    spec, checkpoint = resolve("smollm2-135m", fetch=False)
+    spec, _ = resolve("smollm2-135m", fetch=False)
     if refusal := native_refusal(spec, "cpu"):
         pytest.skip(refusal)
-    serve = Job.load(serve={"weights": weights, "kv": kv}).serve
-    plan = memory_plan(spec, checkpoint, serve, "native", 8 << 30)
+    job = Job.load(model="smollm2-135m", serve={"weights": weights, "kv": kv})
+    plan, _, _ = memory_plan(job, 8 << 30)
     store = KvStore(layers=spec.layers, blocks=1, kv_heads=spec.kv_heads, head_dim=spec.head_dim, codec=kv, block=16)
     assert plan.block_bytes == 16 * store.bytes_per_token
     if weights == "q4":  # one storage is packed for real: the others are the same arithmetic
-        model, _, _ = load_to_serve("smollm2-135m", serve, "cpu")
+        model, _, _ = load_to_serve("smollm2-135m", job.serve, "cpu")
         assert plan.weights == held(model)
 
 
 def test_the_plan_counts_what_is_asked_for_and_says_what_would_fit() -> None:
-    from lilliput.models.load import resolve
-    from lilliput.plan.serving import memory_plan
+    from lilliput.plan.serving import MemoryPlan, memory_plan
 
-    spec, checkpoint = resolve("lilliput-tiny", fetch=False)
-    plan = memory_plan(spec, checkpoint, Job.load(serve={"kv_tokens": 1000, "swap_tokens": 320, "max_batch_tokens": 64}).serve, "native", 8 << 20)
-    assert (plan.blocks, plan.swap // plan.block_bytes, plan.step_tokens) == (63, 20, 64) and plan.total == plan.weights + 83 * plan.block_bytes + plan.step
-    narrow = memory_plan(spec, checkpoint, Job.load(serve={"context": 96}).serve, "native", 8 << 30)
+    def planned(free: int, times: int = 1, **keys: object) -> MemoryPlan:
+        return memory_plan(Job.load(model="lilliput-tiny", serve=keys), free, times=times)[0]
+
+    plan = planned(8 << 20, kv_tokens=1000, swap_tokens=320, max_batch_tokens=64)
+    assert (plan.blocks, plan.more["swap"][0] // plan.block_bytes, plan.step_tokens) == (63, 20, 64)
+    assert plan.total == plan.weights + 83 * plan.block_bytes + plan.step
+    narrow = planned(8 << 30, context=96)
     assert (narrow.context, narrow.blocks) == (96, 4 * 96 // 16)
     with pytest.raises(UserError, match="beyond the model"):
-        memory_plan(spec, checkpoint, Job.load(serve={"context": spec.context + 1}).serve, "native", 8 << 30)
-    large = Job.load(serve={"kv_tokens": 1 << 20}).serve
-    short = memory_plan(spec, checkpoint, large, "native", 8 << 20)
-    assert not short.fits
-    asked = {"kv_tokens": int(short.fix.partition("=")[2])}
-    assert memory_plan(spec, checkpoint, Job.load(serve=asked).serve, "native", 8 << 20).fits
-    assert not memory_plan(spec, checkpoint, Job.load(serve={"kv_tokens": asked["kv_tokens"] + 16}).serve, "native", 8 << 20).fits
-    assert "q4" in memory_plan(spec, checkpoint, large, "native", 1 << 20).fix
+        planned(8 << 30, context=4096)
+    for times, keys in ((1, {}), (1, {"draft": "lilliput-tiny-draft"}), (2, {})):
+        large, free = {"kv_tokens": 1 << 20, **keys}, (8 << 20) * times
+        assert not planned(free, times, **large).fits
+        asked = {**keys, "kv_tokens": int(planned(free, times, **large).fix.partition("=")[2])}
+        assert planned(free, times, **asked).fits and not planned(free, times, **asked | {"kv_tokens": asked["kv_tokens"] + 16}).fits
+    assert "q4" in planned(1 << 20, kv_tokens=1 << 20).fix
+
+
+def dry(*words: str) -> dict:
+    code, text = invoke(*words, "--dry-run", "--json")
+    assert code == 0, text
+    return json.loads(text[: text.rindex("}") + 1])
+
+
+def test_the_plan_counts_a_drafter_an_embedder_and_replicas() -> None:
+    """Against what an engine with a drafter and an embedder's model hold."""
+    from lilliput import api
+    from lilliput.models.load import load_model, native_refusal, resolve
+
+    if refusal := native_refusal(resolve("lilliput-tiny")[0], "cpu"):
+        pytest.skip(refusal)
+    keys = {"kv_tokens": 320, "swap_tokens": 64, "draft": "lilliput-tiny-draft", "kv": "fp16", "weights": "w8"}
+    plan = dry("lilliput-tiny", "http.embeddings=mean", *(f"serve.{key}={value}" for key, value in keys.items()))
+    engine = api.load("lilliput-tiny", runner="native", **keys).engine  # type: ignore[arg-type]
+    draft, mine = engine.guesses.drafter.runner, engine.runner  # type: ignore[union-attr]
+    blocks = lambda runner: runner.store.bytes_per_token * 16
+    assert plan["weights"] == held(mine.model) and plan["kv"] == 20 * blocks(mine) and plan["swap"] == 4 * blocks(mine)
+    assert plan["draft"] == held(draft.model) + 24 * blocks(draft) > 24 * blocks(draft)
+    assert plan["embeddings"] == sum(p.nbytes for p in load_model("lilliput-tiny", "cpu")[0].parameters())
+    parts = ("weights", "kv", "swap", "draft", "embeddings", "step")
+    assert plan["total"] == sum(plan[part] for part in parts) and plan["adapters"] == 0
+    assert dry("lilliput-tiny", "serve.draft=layers:2")["draft"] == dry("lilliput-tiny", "serve.draft=ngram")["draft"] == 0
+    one, three = dry("lilliput-tiny"), dry("lilliput-tiny", "--replicas", "3")
+    assert (three["total"], three["replicas"]) == (3 * one["total"], 3) and one["replicas"] == 1
+    assert dry("lilliput-tiny", "replicas.most=4")["replicas"] == 4 and dry("lilliput-tiny", "replicas.most=4", "replicas.address=auto")["replicas"] == 1
+
+
+def test_an_encoder_is_planned(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    from lilliput.models.encoder import load_encoder
+
+    BertModel(BertConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)).save_pretrained(tmp_path / "bert")
+    encoder = load_encoder(tmp_path / "bert")
+    panels = sum(weight.bytes for block in encoder.layers for weight in block.panels.values())  # type: ignore[union-attr,operator]
+    assert dry(str(tmp_path / "bert"))["total"] == panels + sum(p.nbytes for p in encoder.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["file", "fp16"])
+def test_resident_memory_grows_by_the_plan(weights: str, smollm2: Path) -> None:
+    """The process before and after loading, as the kernel counts it."""
+    code = """
+import json, sys, torch
+from lilliput.base.job import Job
+from lilliput.models.load import load_to_serve
+from lilliput.models import decoder, hub, native
+from lilliput.models.checkpoints import open_checkpoint
+resident = lambda: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+load_to_serve("lilliput-tiny", Job.load().serve, "cpu")
+tokenizer = open_checkpoint(hub.locate("smollm2-135m")).tokenizer()
+before = resident()
+model = load_to_serve("smollm2-135m", Job.load(serve={"weights": sys.argv[1]}).serve, "cpu")
+del tokenizer
+print(resident() - before)
+"""
+    plan = dry("smollm2-135m", f"serve.weights={weights}")
+    grown = int(subprocess.run([sys.executable, "-c", code, weights], capture_output=True, text=True, check=True).stdout)
+    assert grown == pytest.approx(plan["weights"], rel=0.15), f"{grown:,} bytes, planned {plan['weights']:,}"
 
 
 @pytest.mark.parametrize(("runner", "weights"), [("eager", "file"), ("native", "fp32"), ("native", "w8")])

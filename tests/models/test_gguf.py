@@ -15,11 +15,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from served import held
 
 from lilliput.base.errors import UserError
 from lilliput.models import gguf
 from lilliput.models.checkpoints import open_checkpoint
+from lilliput.models.native import NativeDecoder
 from lilliput.models.spec import Rope
+from lilliput.models.stored import native_bytes
+from lilliput.ops import native
 
 NAMES = {number: name for number, (name, _, _) in gguf.TYPES.items()}
 WRITABLE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # the package quantises to these; K-quants it only reads
@@ -104,6 +108,19 @@ def test_a_model_reads_as_it_was_before_the_permutation(tmp_path: Path) -> None:
     for ours, theirs in {"attn.q_proj": "attn_q", "attn.k_proj": "attn_k", "attn.v_proj": "attn_v", "mlp.down_proj": "ffn_down"}.items():
         assert np.array_equal(checkpoint.read(f"layers.0.{ours}.weight").numpy(), plain[f"blk.0.{theirs}.weight"]), ours
     assert not np.array_equal(stored["blk.0.attn_q.weight"], plain["blk.0.attn_q.weight"])
+
+
+@pytest.mark.skipif(native.module() is None, reason=str(native.missing()))
+@pytest.mark.parametrize("name", WRITABLE)
+def test_resident_bytes_of_every_type(name: str, tmp_path: Path) -> None:
+    """What a plan counts is what the native runner holds: files in F16 and 4 and 8 bits as they are, the others decoded, whatever the file's size."""
+    kind = next(number for number, found in NAMES.items() if found == name)
+    quantise = lambda value: (package.quants.quantize(value, package.GGMLQuantizationType(kind)), kind)
+    tensors = {key: quantise(value) if value.ndim == 2 and name != "F32" else value for key, value in llama().items()}
+    checkpoint = open_checkpoint(write(tmp_path / "x.gguf", tensors, LLAMA | {"/tokenizer.ggml.eos_token_id": 2}))
+    model = NativeDecoder(checkpoint.spec, checkpoint.read, checkpoint.layout, checkpoint.packed)
+    found = native_bytes(checkpoint.spec, "file", checkpoint.layout)
+    assert found.bytes == held(model) and set(found.formats) == {{"F16": "f16", "Q4_0": "q4", "Q4_1": "q4", "Q8_0": "w8"}.get(name, "f32")}
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])

@@ -99,29 +99,35 @@ def encoder(job: Job) -> Path | None:
 
 
 def present(jobs: list[Job], show: Show) -> int:
-    """Where the memory goes: weights, cache in blocks, one step's work; the exit code says whether it fits, all models together."""
-    from lilliput import api
+    """Where the memory goes: weights, cache in blocks, one step's work; the exit code says whether it fits, all models and replicas together."""
+    from lilliput.base import hardware
     from lilliput.base.show import size
-    from lilliput.models.load import choose_runner, resolve
-    from lilliput.plan.serving import memory_plan
+    from lilliput.plan.serving import encoder_bytes, memory_plan
 
-    documents, plans = [], []
+    replicas = jobs[0].replicas
+    times = 1 if replicas.address else max(replicas.count, replicas.most)  # of a cluster's machines one replica each is told
+    documents, tables, total, fix = [], [], 0, ""
+    device = hardware.find(jobs[0].top.hardware).select(jobs[0].top.device).device
     for job in jobs:
-        spec, checkpoint = resolve(job.top.model, fetch=False)
-        _, hardware = api.model_and_machine(job)
-        device = hardware.select(job.top.device).device
-        runner, reason = choose_runner(spec, job.serve, device.kind)
-        plan = memory_plan(spec, checkpoint, job.serve, runner, device.free, job.top.dtype)
+        folder = encoder(job)
+        if folder is not None:
+            total += (weights := encoder_bytes(folder))
+            documents.append({"model": job.top.model, "runner": "encoder", "weights": weights, "total": weights, "free": device.free})
+            tables.append((job, [("weights", weights, "an encoder in fp32, the matrices of its blocks twice")], "an encoder: embeddings alone"))
+            continue
+        plan, runner, reason = memory_plan(job, device.free, device.kind, times)
         documents.append({"model": job.top.model, "runner": runner, "reason": reason, **plan.document()})
-        plans.append((plan, f"{runner}: {reason}"))
-    total, free = sum(plan.total for plan, _ in plans), device.free
-    fits, fix = total <= free, next((plan.fix for plan, _ in plans if not plan.fits), FEWER)
-    show.data(documents[0] if len(jobs) == 1 else {"models": documents, "total": total, "free": free, "fits": fits})
-    for job, (plan, why) in zip(jobs, plans):
-        rows = [{"part": name, "bytes": size(count), "of it": text} for name, count, text in plan.rows()]
-        show.table(rows, ("part", "bytes", "of it"), job.top.model if len(jobs) > 1 else "")
+        tables.append((job, list(plan.rows()), f"{runner}: {reason}"))
+        total += plan.total
+        fix = fix or ("" if plan.fits else plan.fix)
+    fits, each = total * times <= device.free, f"{times} times {size(total)}, " if times > 1 else ""
+    told = {"total": total * times, "free": device.free, "fits": fits, "replicas": times}
+    show.data(documents[0] | told if len(jobs) == 1 else {"models": documents, **told})
+    for job, rows, why in tables:
+        table = [{"part": name, "bytes": size(count), "of it": text} for name, count, text in rows]
+        show.table(table, ("part", "bytes", "of it"), job.top.model if len(jobs) > 1 else "")
         show.line(why)
-    show.line(f"{size(total)} of {size(free)} free on {device.name}: {'fits' if fits else f'does not fit; {fix}'}")
+    show.line(f"{each}{size(total * times)} of {size(device.free)} free on {device.name}: {'fits' if fits else f'does not fit; {fix or FEWER}'}")
     return OK if fits else DOES_NOT_FIT
 
 
