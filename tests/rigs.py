@@ -29,6 +29,7 @@ def make_rig(
     micro_batches: int = 1,
     device: str = "cpu",
     blocks: Callable[[str], Any] = lambda name: None,
+    budget: Mapping[str, int] | None = None,
 ) -> Rig:
     """A rig with fresh weights (seed 0)."""
     spec = spec or PRESETS["tiny"]
@@ -38,7 +39,7 @@ def make_rig(
     site = Site(hardware=detect(), sequences=sequences, tokens=tokens, element=4 if dtype == "fp32" else 2, micro_batches=micro_batches)
     return assemble(
         model, rooms, site=site, device=torch.device(device), seed=0, dtype=dtype, read=None,
-        init=lambda name, shape, seed: init_tensor(name, shape, seed, spec), optimizer=ADAMW, clip=1.0, blocks=blocks,
+        init=lambda name, shape, seed: init_tensor(name, shape, seed, spec), optimizer=ADAMW, clip=1.0, blocks=blocks, budget=budget,
     )  # fmt: skip
 
 

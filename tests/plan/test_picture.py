@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_the_line_has_the_metered_peak(words: tuple[str, ...]) -> None:
             (loss / batch[0].weight).backward()
         assert line.peak - line.standing == meter.peak
         count = sum(p.numel() for p in rig.model.parameters())
-        assert line.standing == count * (2 if host else 12), "weights and moments; gradients come with the line"
+        assert line.standing == count * (2 if host else 12) + 16 * 128 + 8, "weights and moments, tokens and loss; gradients come with the line"
         assert 0 < line.forwards < len(line.line)
     assert (planned.peak < plain.peak) == any("remat" in word for word in words)
 
@@ -62,5 +63,16 @@ def test_what_was_chosen_is_drawn() -> None:
 
 
 def test_a_picture_makes_no_files(tmp_path: Path) -> None:
-    planned, _ = drawn("infinity.parameters=disk", "infinity.optimizer=disk", f"infinity.folder={tmp_path / 'scratch'}")
-    assert planned.peak > 0 and not (tmp_path / "scratch").exists()
+    pages = f"poet.scratch={tmp_path / 'pages'}", "poet.budget=1GB"
+    for words in (("infinity.parameters=disk", "infinity.optimizer=disk", f"infinity.folder={tmp_path / 'scratch'}"), pages):
+        planned, _ = drawn(*words)
+        assert planned.peak > 0 and list(tmp_path.iterdir()) == []
+
+
+def test_moments_that_leave_are_seen_leaving() -> None:
+    """A paged optimizer's line stays below its budget, by no more than a page."""
+    plain = drawn()[0]
+    page = 8 * max(math.prod(shape) for shape in facts(SPEC).shapes.values())
+    limit = plain.peak - 2 * page
+    paged, kept = drawn(f"paged.budget={limit}B")
+    assert limit - page < paged.peak <= limit < kept.peak == plain.peak and paged.line[-1] < kept.line[-1]

@@ -86,7 +86,7 @@ def test_a_spike_that_the_plain_optimizer_is_refused(where: str, tmp_path: Path)
 def test_what_does_not_fit_without_moments_is_refused() -> None:
     with pytest.raises(DoesNotFit, match="is refused"):
         make_rig({"paged": Paged(budget=f"{held(make_rig({})) - 1}B")})
-    rig = make_rig({"paged": Paged(budget=f"{held(make_rig({})) + 1000}B")})
+    rig = make_rig({"paged": Paged(budget=f"{held(make_rig({})) + 10_000}B")})  # the tokens, not what is made of them
     with pytest.raises(DoesNotFit, match="is refused"):
         rig.step(batch(SPIKE), 1e-2, 0)
     assert len(rig.update.__self__.away) == len(rig.trainable()), "it gave everything before it gave up"

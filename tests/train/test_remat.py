@@ -98,7 +98,7 @@ def test_the_planned_peak_is_the_measured_one_to_the_byte(knobs: dict, micros: i
         peaks.append(meter.peak)
         del loss
     assert peaks == [ready.simulation.peak["device"] for ready in rig.objective.ready.values()]
-    assert rig.plan.predicted["device peak"] == max(peaks)
+    assert sorted(peaks) == sorted(plan.predicted["device peak"] for plan in rig.plans.values())
 
 
 def test_selective_by_closed_forms() -> None:

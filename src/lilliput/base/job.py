@@ -74,10 +74,13 @@ class Memory(Section):
     host: str = Field("", description="bytes for what leaves the device; empty = what is free")
     disk: str = Field("", description="folder that may be filled with what leaves both, one run at a time; empty = no disk is used")
 
+    def bytes(self) -> dict[str, int]:
+        """Tier -> bytes of memory, where `device` is given: what the meter of a run enforces."""
+        return {tier: parse_size(text) for tier, text in (("device", self.device), ("host", self.host)) if text and self.device}
+
     def limits(self) -> dict[str, int]:
         """Tier -> bytes, where any were given; a folder's are those that are free and those of its own files."""
-        given = {tier: parse_size(text) for tier, text in (("device", self.device), ("host", self.host)) if text and self.device}
-        return given | ({"disk": free_bytes(Path(self.disk))} if self.disk and self.device else {})
+        return self.bytes() | ({"disk": free_bytes(Path(self.disk))} if self.disk and self.device else {})
 
 
 class Eval(Section):

@@ -121,10 +121,8 @@ class _Loop:
         self.stream, self.held = self._open(open_data, data, spec.context)
         self.rig = self._assemble(spec, checkpoint, data.sequence)
         self.identity = self._identity(spec)
+        self._write_plans()
         if self.rig.plan is not None:
-            others = [plan for plan in self.rig.plans.values() if plan is not self.rig.plan]
-            for name, plan in zip(("memory.json", "memory-2.json"), (self.rig.plan, *others)):
-                records.atomic_write(self.run.folder / name, plan.to_json())
             self.show.line(f"memory: {self.rig.plan.planner} ({self.run.folder / 'memory.json'})")
 
     def _open(self, open_data: Any, data: Any, context: int) -> tuple[Any, Any]:
@@ -198,8 +196,8 @@ class _Loop:
         source = checkpoint if settings.init == "weights" else None
         begun = [MemoryPlan.from_json(file.read_text()) for file in self.run.folder.glob("memory*.json")]
         return assemble(
-            model, self.job.rooms, plans={plan.trace: plan for plan in begun}, site=self.estimate.site, device=device, seed=top.seed,
-            dtype=top.dtype, clip=settings.clip,
+            model, self.job.rooms, plans={plan.trace: plan for plan in begun}, budget=self.job.memory.bytes(), site=self.estimate.site,
+            device=device, seed=top.seed, dtype=top.dtype, clip=settings.clip,
             read=source.read if source else None, blocks=source.blocks if source else lambda name: None,
             init=lambda name, shape, seed: init_tensor(name, shape, seed, spec),
             optimizer={"betas": (settings.beta1, settings.beta2), "eps": settings.eps, "weight_decay": settings.weight_decay},
@@ -207,6 +205,16 @@ class _Loop:
 
     def _identity(self, spec: DecoderSpec) -> dict[str, str]:
         return {**flat(self.job), "model": format(key(repr(spec)), "x"), "tokenizer": self.tokenizer.digest(), "micro_batch": str(self.micro)}
+
+    def _write_plans(self) -> None:
+        """The memory plans, with the most bytes that the meter has counted so far where the job has a budget."""
+        counted = {tier: float(peak) for tier, (_, peak) in self.rig.meter.tiers.items() if self.rig.meter.budget}
+        others = [plan for plan in self.rig.plans.values() if plan is not self.rig.plan]
+        for name, plan in zip(("memory.json", "memory-2.json"), (self.rig.plan, *others)):
+            if plan is not None:
+                before = plan.measured
+                measured = {tier: max(before.get(tier, 0.0), counted.get(tier, 0.0)) for tier in sorted({*before, *counted})}
+                records.atomic_write(self.run.folder / name, replace(plan, measured=measured).to_json())
 
     def resume(self) -> None:
         """Go on from the newest checkpoint of the run folder, if it has one."""
@@ -259,6 +267,7 @@ class _Loop:
                     saved_at = self._save(done)
                 if interrupted:
                     break
+        self._write_plans()
         if interrupted:
             show.line(f"stopped; saved after step {saved_at}. The same command goes on from there.")
         rows = [r["loss"] for r in self.run.read_metrics() if "loss" in r]

@@ -3,7 +3,7 @@
 A dispatch mode sees every op, forward and backward. Each new storage is counted once when an op returns it and taken
 off when Python and autograd have let it go, so the figures are exact and do not depend on the allocator, on the page
 cache or on other processes. What it cannot see: memory inside one kernel (workspaces), and storages made before it
-began (`known` leaves them out for good, `adopt` counts them). Costs ~10 us an op: train/paged.py is the one that trains under it.
+began (`known` leaves them out for good, `adopt` counts them). Costs ~10 us an op: only runs with a budget train under it.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Meter(TorchDispatchMode):
         self._tier = "device"
         self.calls: dict[str, int] = {}
         self._seen: dict[int, Any] = {}
-        self._watched = [tensor.untyped_storage() for tensor in watch]
-        for storage in [*(tensor.untyped_storage() for tensor in known), *self._watched]:
-            self._seen[storage._cdata] = None
+        self._watched: list[torch.UntypedStorage] = []
+        for tensor in known:
+            self._seen[tensor.untyped_storage()._cdata] = None
         self.largest = 0  # bytes of the largest storage that was made
         self.visiting = 0  # bytes of watched storages
-        self._look()
+        self.watch(watch)
 
     @property
     def live(self) -> int:
@@ -63,6 +63,13 @@ class Meter(TorchDispatchMode):
         """Count tensors that were made before, as if they were made now. DoesNotFit where they do not."""
         for tensor in tensors:
             self._count(tensor.untyped_storage())
+
+    def watch(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Look at the sizes of these from now on."""
+        self._watched += [tensor.untyped_storage() for tensor in tensors]
+        for storage in self._watched:
+            self._seen[storage._cdata] = None
+        self._look()
 
     def mark(self) -> int:
         """Set the device tier's peak to the live bytes and return them."""

@@ -50,6 +50,7 @@ class Decision:
 
 
 KEEP, RECOMPUTE = Decision(), Decision("recompute")
+FIGURES = ("budget", "predicted", "rates", "measured")  # of a plan, by name
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ class MemoryPlan:
     planner: str
     rows: Mapping[str, Row]
     budget: Mapping[str, int] = field(default_factory=dict)  # tier -> bytes, what was asked for
-    predicted: Mapping[str, float] = field(default_factory=dict)  # peak bytes by tier and seconds, as simulated
+    predicted: Mapping[str, float] = field(default_factory=dict)  # peak bytes by tier and seconds, as simulated; `bytes`: of the device in all
+    rates: Mapping[str, float] = field(default_factory=dict)  # bytes/s of the links that the seconds come from
+    measured: Mapping[str, float] = field(default_factory=dict)  # peak bytes by tier, as the meter counted them in the run
 
     def claim(self, room: str, pattern: str, **axes: Any) -> MemoryPlan:
         """Fix axes (place=, tier=, codec=) of every row that matches. UserError when another room has one of them, or nothing matches."""
@@ -94,7 +97,7 @@ class MemoryPlan:
 
     def to_json(self) -> str:
         """One line a row, in order; the same plan is the same text."""
-        head = {"trace": self.trace, "planner": self.planner, "budget": dict(self.budget), "predicted": dict(self.predicted)}
+        head = {"trace": self.trace, "planner": self.planner, **{name: dict(getattr(self, name)) for name in FIGURES}}
         rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(_plain(row))}" for name, row in self.rows.items())
         return json.dumps(head)[:-1] + ',\n "rows": {\n' + rows + "\n }}\n"
 
@@ -102,7 +105,7 @@ class MemoryPlan:
     def from_json(text: str) -> MemoryPlan:
         """The plan that `to_json` wrote."""
         data = json.loads(text)
-        return MemoryPlan(data["trace"], data["planner"], {n: _row(r) for n, r in data["rows"].items()}, data["budget"], data["predicted"])
+        return MemoryPlan(data["trace"], data["planner"], {n: _row(r) for n, r in data["rows"].items()}, **{name: data.get(name, {}) for name in FIGURES})
 
 
 def _plain(row: Row) -> dict[str, Any]:

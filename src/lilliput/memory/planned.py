@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch import nn
 
 from lilliput.memory.capture import capture
 from lilliput.memory.execute import Executor, Mismatch
-from lilliput.memory.lower import lower
+from lilliput.memory.lower import Schedule, lower
+from lilliput.memory.meter import Meter
 from lilliput.memory.plan import Decision, MemoryPlan
 from lilliput.memory.planners.budget import written
-from lilliput.memory.simulate import Simulation, simulate
+from lilliput.memory.simulate import Rates, Simulation, simulate
 from lilliput.memory.stores import Store
 from lilliput.memory.trace import Trace
 
@@ -28,12 +30,18 @@ Choose = Callable[[Trace], tuple[str, Mapping[int, Decision]]]
 
 @dataclasses.dataclass
 class Ready:
-    """A planned batch shape."""
+    """A planned batch shape. Its executor, and the files that it pages to, are made when they are asked for: a plan alone makes none."""
 
-    executor: Executor
+    schedule: Schedule
     plan: MemoryPlan
     simulation: Simulation
     sizes: tuple[int, ...]  # elements of the batch's tensors
+    make: Callable[[], Executor]
+
+    @cached_property
+    def executor(self) -> Executor:
+        """Carries the plan out."""
+        return self.make()
 
 
 class Planned:
@@ -42,14 +50,15 @@ class Planned:
     choose(trace) -> (name, decisions). The micro-batch is a dataclass with tensors in it. device, dtype(name): where and how parameters
     on meta will lie. stores(trace): where its pages go, by tier. leave: gradients leave the device as they come (memory.capture).
     summon: fills a parameter that is not on the device before an operation runs again with it. pinned: plans by their trace's digest,
-    taken instead of choosing.
+    taken instead of choosing. rates: of the simulated seconds. meter: told which bytes are another tier's.
     """
 
     def __init__(self, objective: Objective, choose: Choose, device: str, dtype: Callable[[str], torch.dtype],
                  stores: Callable[[Trace], Mapping[str, Store]] = lambda trace: {}, leave: bool = False,
-                 summon: Callable[[torch.Tensor], None] | None = None, pinned: Mapping[str, MemoryPlan] = {}) -> None:  # fmt: skip
+                 summon: Callable[[torch.Tensor], None] | None = None, pinned: Mapping[str, MemoryPlan] = {},
+                 rates: Rates = Rates(), meter: Meter | None = None) -> None:  # fmt: skip
         self.objective, self.choose, self.device, self.dtype, self.stores, self.leave = objective, choose, device, dtype, stores, leave
-        self.summon, self.pinned = summon, pinned
+        self.summon, self.pinned, self.rates, self.meter = summon, pinned, rates, meter
         self.ready: dict[Any, Ready] = {}
 
     def __call__(self, model: nn.Module, micro: Any) -> tuple[torch.Tensor, int]:
@@ -90,11 +99,16 @@ class Planned:
         pinned = self.pinned.get(trace.digest())
         name, decisions = (pinned.planner, pinned.decisions()) if pinned else self.choose(trace)
         schedule = lower(trace, decisions)
-        simulation = simulate(schedule)
+        simulation = simulate(schedule, self.rates)
         plan, sizes = pinned or written(trace, name, decisions, simulation), tuple(t.numel() for t in given.values())
-        ready = Ready(Executor(schedule, funcs, self.stores(trace), summon=self.summon), plan, simulation, sizes)
+        ready = Ready(schedule, plan, simulation, sizes, lambda: Executor(schedule, funcs, self.stores(trace), self.meter, self.summon))
         self.ready[self.key(micro, gradients)] = ready
         return ready
+
+    def open(self) -> None:
+        """Make the executors of all plans, and so their stores: what has no room on a disk is refused now."""
+        for ready in self.ready.values():
+            assert ready.executor, "made now and kept"
 
     @staticmethod
     def key(micro: Any, gradients: bool) -> tuple[Any, bool]:

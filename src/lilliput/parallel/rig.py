@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ from lilliput.base.errors import UserError
 from lilliput.base.facts import Facts
 from lilliput.base.protocols import Phase, Site, Strategy, in_order, refusal
 from lilliput.data.batch import IGNORE, MicroBatch
+from lilliput.memory.meter import Meter
+from lilliput.memory.planned import Planned
 from lilliput.models.checkpoints import STORED, fill
 from lilliput.models.layers import Linear
 from lilliput.ops.dropout import Counter
+from lilliput.parallel.budget import SCALARS, counted, planned
 from lilliput.parallel.optimizer import AdamW
 
 MOMENTS = 8  # bytes of optimizer state a trainable parameter
@@ -80,6 +84,7 @@ class Rig:
     plan: Any = None  # the MemoryPlan that the step is carried out under, where a room made one: the tightest of `plans`
     plans: Mapping[str, Any] = field(default_factory=dict)  # digest of a trace -> its MemoryPlan; before a room acts: those a run began with
     blocks: Callable[[str], tuple[str, Any] | None] = lambda name: None  # (GGUF type, rows of blocks) of a matrix that its file holds quantised
+    meter: Any = None  # memory.meter.Meter: counts what a step makes against its budget, where it has one
     exports: Mapping[str, Callable[[Rig, Path], None]] = field(default_factory=dict)  # folder name -> writer
     weight: Callable[[Rig, str], torch.Tensor] = lambda rig, name: whole(rig.model, name)  # as files hold it
 
@@ -91,8 +96,11 @@ class Rig:
         weight = sum(micro.weight for micro in batch)
         if weight == 0:
             raise UserError("a step without a single scored target", "every target of its micro-batches is masked", "check data.format and the chat template")
-        loss = self.schedule(self, batch, weight)
-        norm = self.update(self, learning_rate)
+        with self.counting():
+            self.meter.adopt([tensor for micro in batch for tensor in (micro.tokens_BT, micro.targets_BT)] if self.meter.budget else [])
+            loss = self.schedule(self, batch, weight)
+            with self.meter.placing("host") if self.meter.budget and self.leaving() else nullcontext():
+                norm = self.update(self, learning_rate)
         return Sums(float(loss), weight, norm, {name: tell() for name, tell in self.tells.items()})
 
     @torch.no_grad()
@@ -100,10 +108,15 @@ class Rig:
         """Loss over held-out micro-batches, without gradients or dropout."""
         self.model.eval()
         total, weight = 0.0, 0
-        for micro in batches:
-            loss, count = self.objective(self.model, micro.to(self.device))
-            total, weight = total + float(loss), weight + count
+        with self.counting():
+            for micro in batches:
+                loss, count = self.objective(self.model, micro.to(self.device))
+                total, weight = total + float(loss), weight + count
         return Sums(total, weight, 0.0)
+
+    def counting(self) -> AbstractContextManager[Any]:
+        """Around whatever a budget is for; free where there is none."""
+        return self.meter if self.meter.budget else nullcontext()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters that learn, by module path."""
@@ -119,11 +132,16 @@ class Rig:
         return dtype
 
     def standing(self) -> int:
-        """Bytes of weights, buffers and optimizer state that the device holds from step to step; the model may be on meta."""
-        held = lambda name, p: MOMENTS if p.requires_grad and self.home(name).states == "device" else 0
+        """Bytes of weights, buffers and optimizer state that the device holds from step to step, and of a step's tokens, targets and loss; the model
+        may be on meta."""
         here = lambda name: self.stored(name).itemsize if self.home(name).tier == "device" else 0
-        weights = sum(p.numel() * (here(name) + held(name, p)) for name, p in self.model.named_parameters())
-        return self.visits + weights + sum(b.nbytes for b in self.model.buffers())
+        weights = sum(p.numel() * here(name) for name, p in self.model.named_parameters())
+        tokens = 2 * 8 * self.site.micro_batches * self.site.sequences * self.site.tokens
+        return self.visits + weights + self.moments() + sum(b.nbytes for b in self.model.buffers()) + tokens + SCALARS
+
+    def moments(self) -> int:
+        """Bytes of optimizer state on the device."""
+        return sum(MOMENTS * p.numel() for name, p in self.trainable().items() if self.home(name).states == "device")
 
     def leaving(self) -> bool:
         """Whether gradients leave the device as soon as they are complete."""
@@ -203,6 +221,7 @@ def outline(
     clip: float,
     blocks: Callable[[str], tuple[str, Any] | None] = lambda name: None,
     plans: Mapping[str, Any] | None = None,
+    budget: Mapping[str, int] | None = None,
     before: Phase = Phase.STEP,
 ) -> Rig:
     """The rig of a model built on meta before anything is loaded: every act before a phase. Arguments and refusals as `assemble` has them."""
@@ -213,11 +232,14 @@ def outline(
     rig = Rig(
         model=model, facts=facts, site=site, device=device, seed=seed, homes=(("*", Home(dtype)),), init=(whole,),
         objective=next_token, schedule=accumulate, update=clip_and_step, clip=clip, counter=model.counter,
-        blocks=blocks, plans=plans or {},
+        blocks=blocks, plans=plans or {}, meter=Meter(budget=budget),
     )  # fmt: skip
-    for phase, _, act in order(rooms):
-        if phase < before:
-            rig = act(rig)
+    acts = [(phase, act) for phase, _, act in order(rooms) if phase < before]
+    for phase, act in acts:
+        rig = act(rig) if phase <= Phase.REMAT else rig
+    rig = planned(rig, any(getattr(room, "evicts", False) for room in rooms.values()))
+    for phase, act in acts:
+        rig = act(rig) if phase > Phase.REMAT else rig
     return rig
 
 
@@ -225,16 +247,19 @@ def assemble(model: Any, rooms: Mapping[str, Strategy], *, optimizer: Mapping[st
     """Assemble a model built on meta (it states `facts` and carries a dropout `counter`) with its rooms; order: see above.
 
     read(name) gives a parameter from the checkpoint (None: all from `init`); init(name, shape, seed) makes a fresh one. site, device,
-    seed, dtype, clip, plans: as `outline` takes them. blocks(name): the same as a GGUF stores it, (type, rows of blocks), where it is quantised.
+    seed, dtype, clip, plans, budget (tier -> bytes): as `outline` takes them. blocks(name): the same as a GGUF stores it, (type, rows of
+    blocks), where it is quantised.
     optimizer: keywords of parallel.optimizer.AdamW, or of what a room makes in its place. Raises UserError when a room refuses.
     """
     rig = outline(model, rooms, **job)
+    if isinstance(rig.objective, Planned):
+        rig.objective.open()
     materialise(rig)
     rig = replace(rig, optimizer=rig.optimizing(rig, **optimizer))
     for phase, _, act in order(rooms):
         if phase == Phase.STEP:
             rig = act(rig)
-    return rig
+    return counted(rig)
 
 
 def materialise(rig: Rig) -> None:

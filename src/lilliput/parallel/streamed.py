@@ -140,6 +140,10 @@ class StreamedAdamW:
         """Moments by `first.<name>` and `second.<name>`, those that are in the host's memory."""
         return {f"{kind}.{name}": t for kind in ("first", "second") for name, t in self._held(kind).items() if name in self.parameters}
 
+    def held(self) -> list[torch.Tensor]:
+        """Everything that lies in the host's memory."""
+        return [*(t for kind in KINDS for t in self._held(kind).values()), *(t for buffers in self.buffers for t in buffers.values())]
+
     def _held(self, kind: str) -> dict[str, torch.Tensor]:
         tier = self.tiers[kind]
         return tier.tensors if isinstance(tier, HostTier) else {}

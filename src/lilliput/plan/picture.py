@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lilliput.base import records
 from lilliput.base.errors import UserError
 from lilliput.base.protocols import Phase
+from lilliput.base.show import parse_size
 
 if TYPE_CHECKING:
     from lilliput.base.job import Job
@@ -42,7 +43,8 @@ def timelines(job: Job, spec: DecoderSpec, estimate: Estimate) -> tuple[Timeline
     """(the job as planned, the same with every activation kept). Loads torch."""
     rig = _outlined(job, spec, estimate, estimate.rooms)
     blind = {name: room for name, room in estimate.rooms.items() if not _plans(room)}
-    return _simulated("as planned", rig), _simulated("everything kept", _outlined(job, spec, estimate, blind))
+    limits = [parse_size(room.budget) for room in estimate.rooms.values() if getattr(room, "evicts", False)]
+    return _simulated("as planned", rig, min(limits, default=None)), _simulated("everything kept", _outlined(job, spec, estimate, blind))
 
 
 def check(path: Path) -> None:
@@ -97,24 +99,25 @@ def _outlined(job: Job, spec: DecoderSpec, estimate: Estimate, rooms: Any) -> Ri
     )  # fmt: skip
 
 
-def _simulated(name: str, rig: Rig) -> Timeline:
-    import torch
-
-    from lilliput.data.batch import MicroBatch
-    from lilliput.memory.lower import lower
-    from lilliput.memory.planned import Planned
+def _simulated(name: str, rig: Rig, limit: int | None = None) -> Timeline:
+    """limit: bytes above which moments leave, the last ones first, until the update."""
     from lilliput.memory.simulate import simulate
+    from lilliput.parallel.budget import under
+    from lilliput.parallel.rig import MOMENTS
 
-    planned = rig.objective
-    if not isinstance(planned, Planned):
-        planned = Planned(rig.objective, lambda trace: (name, {}), "cpu", rig.stored, leave=rig.leaving())
-        tokens_BT = torch.empty(rig.site.sequences, rig.site.tokens, dtype=torch.int64, device="meta")
-        planned.prepare(rig.model, MicroBatch(tokens_BT, tokens_BT.clone(), tokens_BT.numel()), False)
-    schedule = max(planned.ready.values(), key=lambda ready: ready.simulation.peak["device"]).executor.schedule
-    found = simulate(lower(schedule.trace, schedule.decisions), timeline=True)
+    if rig.plan is None:
+        rig = under(rig, lambda trace: (name, {}))
+    schedule = max(rig.objective.ready.values(), key=lambda ready: ready.simulation.peak["device"]).schedule  # type: ignore[attr-defined]
+    found = simulate(schedule, timeline=True)
     standing = rig.standing() + sum(s.bytes for s in schedule.trace.storages if s.external and s.kind == "gradient")
     middle = next((i for i, (event, _) in enumerate(found.timeline) if event >= _turn(schedule.trace)), len(found.timeline))
-    return Timeline(name, standing, tuple(standing + count for _, count in found.timeline), middle)
+    line, gone = [], 0
+    pages = [MOMENTS * p.numel() for p in rig.trainable().values()] if limit is not None else []
+    for _, count in found.timeline:
+        while pages and limit is not None and standing + count - gone > limit:
+            gone += pages.pop()
+        line.append(standing + count - gone)
+    return Timeline(name, standing, tuple(line), middle)
 
 
 def _turn(trace: Any) -> int:

@@ -86,6 +86,7 @@ class Offload(Section):
             optimizer=replace(ledger.terms["optimizer"], size=STATE * count, tier="host", moments=("load", "forward", "backward", "update")),
             **{
                 "staged copies": Term(staged, tier="host"),
+                "norms": Term(4 * (2 * len(sizes) + 1), tier="host", moments=("update",)),  # of each gradient, the same stacked, of all
                 "gradients leaving": Term(leaving, moments=("backward",)),
                 "link": Term(traffic=WEIGHT * count * (1 + 1 / site.micro_batches), lane="link", speed=self.speed),  # of one micro-batch
             },

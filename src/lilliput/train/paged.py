@@ -41,6 +41,7 @@ class Paged(Section):
     """Fields are the knobs; see the module's lesson."""
 
     needs: ClassVar[tuple[str, ...]] = ()
+    evicts: ClassVar[bool] = True  # the moments are elsewhere while their room is needed
 
     budget: str = Field("", description="bytes of the device for weights, gradients, moments and activations: 600MB, 2GiB")
     scratch: str = Field("", description="folder for a page file; empty = pages go to the host's memory")
@@ -95,6 +96,8 @@ class Paged(Section):
         sizes = {2 * page + which: tensor.nbytes for page, pair in enumerate(moments) for which, tensor in enumerate(pair)}
         store = FileStore(Path(self.scratch) / "moments", sizes, device=rig.device) if self.scratch else HostStore(device=rig.device)
         pages = Pages(rig, store, parse_size(self.budget))
+        limit = rig.meter.budget.get("device", pages.budget)
+        rig.meter.budget["device"], rig.meter.relieve = min(limit, pages.budget), pages.evict
         return replace(rig, schedule=pages.schedule, update=pages.update, tells={**rig.tells, "evicted_bytes": pages.last})
 
 
@@ -102,34 +105,28 @@ class Pages:
     """The moments of an optimizer as pages between the device and a store, and the meter that says when they go."""
 
     def __init__(self, rig: Rig, store: Any, budget: int) -> None:
-        from lilliput.memory.meter import Meter
-
         assert rig.optimizer is not None, "there are moments to page"
-        self.optimizer, self.store, self.within, self.after = rig.optimizer, store, rig.schedule, rig.update
+        self.optimizer, self.store, self.budget, self.within, self.after = rig.optimizer, store, budget, rig.schedule, rig.update
         self.names = list(rig.optimizer.parameters)
         self.away: dict[int, tuple[Tensor, ...]] = {}  # page -> its moments as shapes alone
-        self.evicted, self.pinned = 0, True
-        visiting = {name: p for name, p in rig.model.named_parameters() if rig.home(name).tier != "device"}
-        self.meter = Meter(budget={"device": budget}, relieve=self.evict, watch=visiting.values())
-        staying = [p for name, p in rig.model.named_parameters() if name not in visiting]
-        self.meter.adopt([*staying, *rig.model.buffers(), *rig.optimizer.state().values()])  # all of it is there between steps
-        self.pinned = False
+        self.evicted, self.pinned, self.meter = 0, True, rig.meter  # pinned: nothing may leave
 
     def last(self) -> float:
         """Bytes that the last step evicted."""
         return float(self.evicted)
 
     def schedule(self, rig: Rig, batch: Sequence[MicroBatch], weight: int) -> Tensor:
-        """The forward and backward passes of a step, counted."""
-        self.evicted = 0
-        with self.meter:
+        """The forward and backward passes of a step; the rig's meter asks for room."""
+        self.evicted, self.pinned = 0, False
+        try:
             return self.within(rig, batch, weight)
+        finally:
+            self.pinned = True  # what comes back must not push itself out, and what is being updated stays
 
     def update(self, rig: Rig, rate: float) -> float:
         """Bring the pages back and update."""
-        with self.meter:
-            self.fetch()
-            return self.after(rig, rate)
+        self.fetch()
+        return self.after(rig, rate)
 
     def evict(self, missing: int) -> None:
         """Send pages away, the one that is updated last first, until so many bytes are free or none is left."""
@@ -141,8 +138,9 @@ class Pages:
             if page in self.away:
                 continue
             pair = self.moments(page)
-            for future in [self.store.write(2 * page + which, t.view(-1), t.dtype) for which, t in enumerate(pair)]:
-                future.result()
+            with self.meter.placing("host"):
+                for future in [self.store.write(2 * page + which, t.view(-1), t.dtype) for which, t in enumerate(pair)]:
+                    future.result()
             self.away[page] = tuple(torch.empty_like(t, device="meta") for t in pair)
             count = sum(t.nbytes for t in pair)
             self.put(page, self.away[page])
@@ -152,18 +150,14 @@ class Pages:
         """Every page is back on the device. DoesNotFit where the moments and gradients alone are too much."""
         import torch
 
-        self.pinned = True  # what comes back must not push itself out
-        try:
-            for page in sorted(self.away):
-                back = tuple(torch.empty_like(t, device=self.optimizer.parameters[self.names[page]].device) for t in self.away[page])
-                for future in [self.store.read(2 * page + which, t.view(-1)) for which, t in enumerate(back)]:
-                    future.result()
-                self.put(page, back)
-                del self.away[page]
-                for which in (0, 1):
-                    self.store.free(2 * page + which)
-        finally:
-            self.pinned = False
+        for page in sorted(self.away):
+            back = tuple(torch.empty_like(t, device=self.optimizer.parameters[self.names[page]].device) for t in self.away[page])
+            for future in [self.store.read(2 * page + which, t.view(-1)) for which, t in enumerate(back)]:
+                future.result()
+            self.put(page, back)
+            del self.away[page]
+            for which in (0, 1):
+                self.store.free(2 * page + which)
 
     def moments(self, page: int) -> tuple[Tensor, Tensor]:
         """Both of a page."""

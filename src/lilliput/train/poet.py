@@ -27,7 +27,7 @@ from lilliput.base.facts import Facts
 from lilliput.base.ledger import Ledger, Tier
 from lilliput.base.protocols import Phase, Site
 from lilliput.base.show import parse_size, size
-from lilliput.train.remat import fewest, under
+from lilliput.train.remat import fewest
 
 if TYPE_CHECKING:
     from lilliput.memory.simulate import Rates, Simulation
@@ -80,6 +80,7 @@ class Poet(Section):
     def place(self, rig: Rig) -> Rig:
         """Plan for the job's batch shape now, so that what does not fit is refused before anything is loaded."""
         from lilliput.memory.stores import FileStore, HostStore, Store
+        from lilliput.parallel.budget import under
 
         def store(trace: Trace) -> Store:
             if self.tier == "host":

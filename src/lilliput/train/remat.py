@@ -33,8 +33,6 @@ from lilliput.base.show import parse_size, size
 from lilliput.memory.plan import stored_bytes
 
 if TYPE_CHECKING:
-    from lilliput.memory.planned import Choose
-    from lilliput.memory.stores import Store
     from lilliput.memory.trace import Trace
     from lilliput.parallel.rig import Rig
 
@@ -118,6 +116,8 @@ class Remat(Section):
 
     def recompute(self, rig: Rig) -> Rig:
         """Under a plan from now on."""
+        from lilliput.parallel.budget import under
+
         standing = rig.standing()
         return under(rig, lambda trace: self.choose(trace, rig, standing))
 
@@ -129,10 +129,8 @@ class Remat(Section):
         from lilliput.memory.planners.coded import coded
         from lilliput.memory.planners.selective import selective
         from lilliput.memory.planners.sqrt import segments
-        from lilliput.memory.profile import estimate
         from lilliput.memory.simulate import Rates
 
-        estimate(trace, rig.site.hardware)
         blocks = chain(trace, entries(trace, BLOCKS))
         if self.kind == "selective":
             return "selective", selective(trace, but={s for stage in blocks.stages for s in stage.boundary})
@@ -155,28 +153,6 @@ class Remat(Section):
             return option.name, option.decisions
         every = self.segment(rig.facts)
         return f"segments of {every} blocks", segments(blocks, [0, *range(1, len(blocks), every)], until=len(blocks) - 1)
-
-
-def under(rig: Rig, choose: Choose, stores: Callable[[Trace], Mapping[str, Store]] = lambda trace: {}) -> Rig:
-    """The rig with its objective under plans for the job's batch shape, which are made now, so that what does not fit is refused before anything
-    is loaded. A run that goes on keeps the plans that it began with (rig.plans). choose, stores: as memory.planned.Planned takes them."""
-    import torch
-
-    from lilliput.data.batch import MicroBatch
-    from lilliput.memory.planned import Planned
-
-    leave = rig.leaving()
-    planned = Planned(rig.objective, choose, str(rig.device), rig.stored, stores, leave, rig.summon, rig.plans)
-    tokens_BT = torch.empty(rig.site.sequences, rig.site.tokens, dtype=torch.int64, device="meta")
-    micro = MicroBatch(tokens_BT, tokens_BT.clone(), tokens_BT.numel())
-    finds = (False, True) if rig.site.micro_batches > 1 and not leave else (False,)  # gradients of the micro-batches before
-    try:
-        made = [planned.prepare(rig.model, micro, gradients) for gradients in finds]
-    except DoesNotFit:
-        planned.prepare(rig.model, micro, finds[-1])  # which needs more: its refusal names what is enough for all
-        raise
-    tightest = max(made, key=lambda ready: ready.simulation.peak["device"]).plan
-    return replace(rig, objective=planned, plan=tightest, plans={ready.plan.trace: ready.plan for ready in made})
 
 
 def fewest(ledger: Ledger, facts: Facts, site: Site, limit: int) -> Ledger:
