@@ -30,6 +30,7 @@ def make_rig(
     device: str = "cpu",
     blocks: Callable[[str], Any] = lambda name: None,
     budget: Mapping[str, int] | None = None,
+    plans: Mapping[str, Any] | None = None,
 ) -> Rig:
     """A rig with fresh weights (seed 0)."""
     spec = spec or PRESETS["tiny"]
@@ -39,7 +40,7 @@ def make_rig(
     site = Site(hardware=detect(), sequences=sequences, tokens=tokens, element=4 if dtype == "fp32" else 2, micro_batches=micro_batches)
     return assemble(
         model, rooms, site=site, device=torch.device(device), seed=0, dtype=dtype, read=None,
-        init=lambda name, shape, seed: init_tensor(name, shape, seed, spec), optimizer=ADAMW, clip=1.0, blocks=blocks, budget=budget,
+        init=lambda name, shape, seed: init_tensor(name, shape, seed, spec), optimizer=ADAMW, clip=1.0, blocks=blocks, budget=budget, plans=plans,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from lilliput.memory.lower import first_asked, lower
 from lilliput.memory.meter import Meter
 from lilliput.memory.plan import KEEP, RECOMPUTE, Decision
 from lilliput.memory.profile import measure
-from lilliput.memory.simulate import judge, simulate
+from lilliput.memory.simulate import simulate
 from lilliput.memory.stores import FileStore, HostStore
 from lilliput.memory.trace import UNPACK, Trace
 
@@ -150,8 +150,6 @@ def test_a_budget_is_enforced_with_numbers() -> None:
     with pytest.raises(DoesNotFit, match="an allocation of") as refused:
         metered(net, lower(trace, {}), funcs, budget={"device": peak - 1})
     assert f"{peak} bytes" in refused.value.fix
-    with pytest.raises(DoesNotFit, match="does not fit in the device tier"):
-        judge(trace, {}, {"device": peak - 1})
 
 
 def test_plans_that_cannot_be_are_refused() -> None:

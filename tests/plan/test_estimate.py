@@ -126,7 +126,7 @@ def test_what_lies_on_the_host_is_held_against_the_hosts_memory() -> None:
     gpu, small = machine(16, "cuda"), machine(1)
     apart = estimate_training(job, known, replace(gpu, host=machine(32).device))
     count = known.parameters
-    assert apart.ledger.peak("host")[0] == 14 * count + apart.ledger.bytes("staged copies")
+    assert apart.ledger.peak("host")[0] == 14 * count + apart.ledger.bytes("staged copies") + apart.ledger.bytes("norms")
     assert apart.ledger.bytes("parameters") == 2 * count and apart.fits
     assert set(apart.seconds) == {"compute", "host"}, "the update is the host's work"
     crowded = estimate_training(job, known, replace(gpu, host=small.device))

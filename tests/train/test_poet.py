@@ -84,6 +84,19 @@ def test_pages_to_a_disk_take_its_time() -> None:
     assert found[1e12] > 0 == found[1e6], found
 
 
+def test_a_deadline_is_kept_at_the_fewest_joules() -> None:
+    """By a board's seconds: what is chosen within a deadline between the quickest and the thriftiest schedule meets it; an earlier one is refused."""
+    plain = make_rig({}, SPEC, **SHAPE)
+    budget = plain.standing() + round(0.85 * stepped(plain)[0])
+    knobs = {"budget": f"{budget}B", "objective": "energy", "board": "mkr1000", "stages": 6}
+    free = make_rig({"poet": Poet(**knobs)}, SPEC, **SHAPE).objective.ready.popitem()[1]
+    seconds = free.simulation.seconds
+    assert make_rig({"poet": Poet(**knobs, deadline=seconds * 1.001)}, SPEC, **SHAPE).plan.predicted["seconds"] <= seconds * 1.001
+    with pytest.raises(DoesNotFit, match="no schedule") as refused:
+        make_rig({"poet": Poet(**knobs, deadline=seconds / 50)}, SPEC, **SHAPE)
+    assert "poet.deadline=" in refused.value.fix
+
+
 def traced(rig: Rig) -> Trace:
     step = lambda model, tokens, targets: rig.objective(model, MicroBatch(tokens, targets, BATCH[0].weight))[0]
     return capture(rig.model, step, [BATCH[0].tokens_BT, BATCH[0].targets_BT], then=lambda loss: loss / BATCH[0].weight)[0]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,17 @@ class Facts:
     flops: Callable[[int, int], float] | None = None  # (tokens, context) -> forward flops of that many tokens
     activations: Callable[[int, int, int], list[Activation]] | None = None  # (sequences, tokens each, element bytes)
 
-    @property
+    @cached_property
+    def counts(self) -> Mapping[str, int]:
+        """Numbers of each parameter."""
+        return {name: math.prod(shape) for name, shape in self.shapes.items()}
+
+    @cached_property
     def parameters(self) -> int:
         """Number of parameters, tied ones once."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        return sum(self.counts.values())
+
+    @cached_property
+    def matrices(self) -> frozenset[str]:
+        """Names of the Linears' weights inside blocks."""
+        return frozenset(name for name in self.shapes if any(fnmatchcase(name, f"{pattern}.weight") for pattern in self.linears))

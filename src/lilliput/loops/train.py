@@ -209,7 +209,7 @@ class _Loop:
     def _write_plans(self) -> None:
         """The memory plans, with the most bytes that the meter has counted so far where the job has a budget."""
         counted = {tier: float(peak) for tier, (_, peak) in self.rig.meter.tiers.items() if self.rig.meter.budget}
-        others = [plan for plan in self.rig.plans.values() if plan is not self.rig.plan]
+        others = [plan for plan in self.rig.plans.values() if plan.trace != self.rig.plan.trace]
         for name, plan in zip(("memory.json", "memory-2.json"), (self.rig.plan, *others)):
             if plan is not None:
                 before = plan.measured

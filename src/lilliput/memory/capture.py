@@ -2,14 +2,13 @@
 
 The run is eager, with autograd's own engine, and not a compiled graph: what is recorded is the order in which memory really
 comes and goes, in-place writes and Python's own references included. So a plan can be judged to the byte before the model exists
-(its parameters may lie on the meta device). About 0.1 ms an operation; identical blocks are recognised by `twins`.
+(its parameters may lie on the meta device). About 0.1 ms an operation.
 """
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -243,9 +242,3 @@ def capture(model: nn.Module, step: Step, inputs: Sequence[Any], *, gradients: b
         raise UserError("the step reads the value of a tensor", str(error), "plan only what has no .item(), nonzero or Python branch on values") from error
     recorder.refuse_changes()
     return Trace(recorder.storages, recorder.ops, list(recorder.events), recorder.packs, forwards), recorder.funcs
-
-
-def twins(trace: Trace) -> Counter[tuple[str, tuple[int, ...]]]:
-    """How often each kind of operation occurs: (name, bytes of its tensors) -> count; identical blocks share all their kinds."""
-    size = lambda op: tuple(trace.storages[s].bytes for s in (*op.reads, *op.news))
-    return Counter((op.name, size(op)) for op in trace.ops if not op.view)

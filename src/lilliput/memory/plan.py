@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from lilliput.base.errors import UserError
 from lilliput.base.ledger import Tier
 
 Place = Literal["keep", "recompute", "page"]
-Codec = Literal["exact", "bf16", "fp8", "nf4"]
+Codec = Literal["exact", "bf16", "fp8", "nf4", "codes"]  # codes: of a weight, in its Linear's own codec
 FP8_BLOCK = 256  # numbers with one scale
 
 
@@ -64,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Immutable. `rows`: name -> Row; activations are named "N name" after their storage number in the trace."""
+    """Immutable. `rows`: name -> Row; activations are named "N name" after their storage number in the trace, the rest as parallel.rows says."""
 
     trace: str  # digest
     planner: str
@@ -74,9 +74,9 @@ class MemoryPlan:
     rates: Mapping[str, float] = field(default_factory=dict)  # bytes/s of the links that the seconds come from
     measured: Mapping[str, float] = field(default_factory=dict)  # peak bytes by tier, as the meter counted them in the run
 
-    def claim(self, room: str, pattern: str, **axes: Any) -> MemoryPlan:
-        """Fix axes (place=, tier=, codec=) of every row that matches. UserError when another room has one of them, or nothing matches."""
-        names = [name for name in self.rows if fnmatch.fnmatchcase(name, pattern)]
+    def claim(self, room: str, pattern: str | Sequence[str], **axes: Any) -> MemoryPlan:
+        """Fix axes (place=, tier=, codec=) of the rows that match, or are named. UserError when another room has one of them, or nothing matches."""
+        names = [name for name in self.rows if fnmatch.fnmatchcase(name, pattern)] if isinstance(pattern, str) else pattern
         if not names:
             raise UserError(f"`{room}` claims `{pattern}`", "no tensor of the plan has such a name", f"one of: {', '.join(list(self.rows)[:4])}, ...")
         rows = dict(self.rows)

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lilliput.base.errors import DoesNotFit, UserError
-from lilliput.base.show import size
-from lilliput.memory.lower import Replay, Schedule, lower
-from lilliput.memory.plan import Decision, stored_bytes
-from lilliput.memory.trace import DONE, FREE, OP, PACK, RELEASE, UNPACK, Trace
+from lilliput.base.errors import UserError
+from lilliput.memory.lower import Replay, Schedule
+from lilliput.memory.plan import stored_bytes
+from lilliput.memory.trace import DONE, FREE, OP, PACK, RELEASE, UNPACK
 
 
 @dataclass(frozen=True)
@@ -229,13 +228,3 @@ class _Run:
 def simulate(schedule: Schedule, rates: Rates = Rates(), timeline: bool = False) -> Simulation:
     """Peak bytes by tier, seconds and joules of a schedule. UserError when it loses a tensor that is asked for."""
     return _Run(schedule, rates, timeline).run()
-
-
-def judge(trace: Trace, decisions: Mapping[int, Decision], budget: Mapping[str, int], rates: Rates = Rates()) -> Simulation:
-    """The simulation of a plan that fits; DoesNotFit with the numbers when a tier's peak is above its budget."""
-    found = simulate(lower(trace, decisions), rates)
-    for tier, limit in budget.items():
-        if found.peak.get(tier, 0) > limit:
-            why = f"its peak is {size(found.peak[tier])}, the budget {size(limit)}"
-            raise DoesNotFit(f"the plan does not fit in the {tier} tier", why, f"{tier} = {found.peak[tier]}")
-    return found

@@ -18,6 +18,7 @@ from lilliput.base.errors import UserError
 from lilliput.dist.arena import require
 from lilliput.dist.engine import Engine, File, aligned
 from lilliput.dist.link import Link, resting
+from lilliput.memory.trace import Trace
 
 
 class Store(Protocol):
@@ -93,3 +94,10 @@ class FileStore:
         """Finish what is under way and close the file."""
         self.engine.close()
         self.file.close()
+
+
+def pages(trace: Trace, scratch: str, device: torch.device) -> dict[str, Store]:
+    """Where a plan's pages go: a file of the trace's own in the folder `scratch`, made in its full size, or the host's memory."""
+    if not scratch:
+        return {"host": HostStore(device=device)}
+    return {"disk": FileStore(Path(scratch) / f"pages-{trace.digest()}", {s.index: s.bytes for s in trace.saved()}, device=device)}

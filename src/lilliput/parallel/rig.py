@@ -23,14 +23,14 @@ from lilliput.base.facts import Facts
 from lilliput.base.protocols import Phase, Site, Strategy, in_order, refusal
 from lilliput.data.batch import IGNORE, MicroBatch
 from lilliput.memory.meter import Meter
+from lilliput.memory.plan import MemoryPlan
 from lilliput.memory.planned import Planned
 from lilliput.models.checkpoints import STORED, fill
 from lilliput.models.layers import Linear
 from lilliput.ops.dropout import Counter
 from lilliput.parallel.budget import SCALARS, counted, planned
 from lilliput.parallel.optimizer import AdamW
-
-MOMENTS = 8  # bytes of optimizer state a trainable parameter
+from lilliput.parallel.rows import MOMENTS, claimed, joined, rows
 
 
 @dataclass(frozen=True)
@@ -234,11 +234,21 @@ def outline(
         objective=next_token, schedule=accumulate, update=clip_and_step, clip=clip, counter=model.counter,
         blocks=blocks, plans=plans or {}, meter=Meter(budget=budget),
     )  # fmt: skip
-    acts = [(phase, act) for phase, _, act in order(rooms) if phase < before]
-    for phase, act in acts:
-        rig = act(rig) if phase <= Phase.REMAT else rig
-    rig = planned(rig, any(getattr(room, "evicts", False) for room in rooms.values()))
-    for phase, act in acts:
+    acts = [each for each in order(rooms) if each[0] < before]
+    table = MemoryPlan("", "", rows(rig))
+    for phase, name, act in acts:
+        if phase <= Phase.REMAT:
+            rig = act(rig)
+            table = claimed(table, name, rig)
+    evicting = [name for name, room in rooms.items() if getattr(room, "evicts", False)]
+    moments = [name for name in table.rows if name.startswith("moments")]
+    for name in evicting:
+        table = table.claim(name, moments, place="page")
+    rig = planned(rig, bool(evicting))
+    if rig.plan is not None:
+        deciding = next((name for phase, name, _ in acts if phase == Phase.REMAT), "")
+        rig = replace(rig, plans={trace: joined(plan, deciding, table) for trace, plan in rig.plans.items()}, plan=joined(rig.plan, deciding, table))
+    for phase, _, act in acts:
         rig = act(rig) if phase > Phase.REMAT else rig
     return rig
 

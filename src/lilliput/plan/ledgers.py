@@ -17,7 +17,6 @@ Rooms edit the ledger in phase order, each a pure function; what depends on all 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -177,8 +176,8 @@ def _gradients(ledger: Ledger, facts: Facts, trained: float, rounding: int, micr
 
 
 def _count(facts: Facts, wanted: Callable[[str], bool]) -> int:
-    return sum(math.prod(shape) for name, shape in facts.shapes.items() if wanted(name))
+    return sum(count for name, count in facts.counts.items() if wanted(name))
 
 
 def _largest(facts: Facts) -> int:
-    return max(math.prod(shape) for shape in facts.shapes.values())
+    return max(facts.counts.values())

@@ -43,11 +43,6 @@ class Scale:
         return 4 * self.hidden * 4 * self.hidden
 
     @property
-    def working_activations(self) -> int:
-        """Bytes of the activations between two checkpoints."""
-        return self.sequences * self.tokens * self.interval * (16 * self.hidden + 2 * self.heads * self.tokens)
-
-    @property
     def compute(self) -> int:
         """Flops of a step, with the forward pass run again."""
         return 2 * 4 * self.sequences * self.tokens * self.parameters

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -122,8 +121,7 @@ class Fresh:
 
 def linears(facts: Facts) -> dict[str, tuple[int, int]]:
     """Module path -> (out, in) of the Linears in the blocks."""
-    paths = ((name.removesuffix(".weight"), shape) for name, shape in facts.shapes.items() if name.endswith(".weight"))
-    return {path: (shape[0], shape[1]) for path, shape in paths if any(fnmatchcase(path, pattern) for pattern in facts.linears)}
+    return {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in facts.shapes.items() if name in facts.matrices}
 
 
 def readers(facts: Facts, path: str) -> tuple[str, ...]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -96,8 +95,7 @@ class Infinity(Section):
         """Path -> shape of the weight of every Linear that is cut into tiles."""
         if self.tiles == 1:
             return {}
-        paths = {name.rpartition(".")[0]: shape for name, shape in facts.shapes.items() if name.endswith(".weight")}
-        return {path: shape for path, shape in paths.items() if any(fnmatchcase(path, pattern) for pattern in facts.linears)}
+        return {name.rpartition(".")[0]: shape for name, shape in facts.shapes.items() if name in facts.matrices}
 
     def cost(self, ledger: Ledger, facts: Facts, site: Site) -> Ledger:
         """Closed forms: what rests elsewhere, what visits, the gradients on their way (two that follow each other), the tiles of the update.
@@ -106,13 +104,13 @@ class Infinity(Section):
         parameters, gradients = ledger.terms["parameters"], ledger.terms["gradients"]
         learn = gradients.size == facts.parameters * site.element
         adapter = 0 if learn else gradients.size
-        inside = lambda name: any(fnmatchcase(name, f"{pattern}.weight") for pattern in facts.linears)
-        linears = sum(math.prod(shape) for name, shape in facts.shapes.items() if inside(name))
+        linears = sum(count for name, count in facts.counts.items() if name in facts.matrices)
         each = (parameters.size - adapter - site.element * (facts.parameters - linears)) / max(1, linears)  # bytes of a weight of theirs, as it is stored
         cut = self.cut(facts)
         count = lambda name: self.tiles if name.rpartition(".")[0] in cut else 1
-        numbers = [n for name, shape in facts.shapes.items() for n in [math.prod(shape) // count(name)] * count(name)]
-        matrices = [math.prod(shape) / count(name) * (each if inside(name) else site.element) for name, shape in facts.shapes.items() if len(shape) > 1]
+        numbers = [n for name in facts.shapes for n in [facts.counts[name] // count(name)] * count(name)]
+        stored = lambda name: facts.counts[name] * (each if name in facts.matrices else site.element)
+        matrices = [stored(name) / count(name) for name, shape in facts.shapes.items() if len(shape) > 1]
         vectors = site.element * sum(math.prod(shape) for shape in facts.shapes.values() if len(shape) == 1)
         weights = parameters.size - adapter
         disk = {"parameters": self.parameters == "disk", "optimizer": learn and self.optimizer == "disk"}

@@ -2,6 +2,7 @@
 
     budget = "600MB"     for weights, gradients, optimizer and activations together, as in remat
     objective = "time"   or "energy", which needs a board whose watts are known
+    deadline = 0         seconds of a micro-batch: the fewest joules within them (or bytes, with objective=time)
     scratch = ""         pages go to the host's memory; a folder: to a file in it, made in its full size before training
     board = ""           plan as for one of the paper's boards (mkr1000, m4f, a72): its rates and joules decide what pays
 
@@ -15,8 +16,8 @@ Patil, Jain, Dutta, Stoica, Gonzalez 2022, arXiv 2207.07697, section 4. Needs sc
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -46,6 +47,7 @@ class Poet(Section):
     budget: str = Field("", description="bytes for weights, gradients, optimizer and activations: 600MB, 2GiB")
     objective: Literal["time", "energy"] = Field("time", description="what is least; energy needs a board")
     scratch: str = Field("", description="folder for a page file; empty = pages go to the host's memory")
+    deadline: float = Field(0.0, ge=0, description="seconds that a micro-batch may take, running again and pages included; 0 = no limit")
     board: Literal["", "mkr1000", "m4f", "a72"] = Field("", description="plan by this board's rates; empty = this machine's")
     stages: int = Field(12, ge=2, le=24, description="stages of the forward pass, at most")
 
@@ -79,16 +81,11 @@ class Poet(Section):
 
     def place(self, rig: Rig) -> Rig:
         """Plan for the job's batch shape now, so that what does not fit is refused before anything is loaded."""
-        from lilliput.memory.stores import FileStore, HostStore, Store
+        from lilliput.memory.stores import pages
         from lilliput.parallel.budget import under
 
-        def store(trace: Trace) -> Store:
-            if self.tier == "host":
-                return HostStore(device=rig.device)
-            return FileStore(Path(self.scratch) / f"pages-{trace.digest()}", {s.index: s.bytes for s in trace.saved()}, device=rig.device)
-
         standing = rig.standing()
-        return under(rig, lambda trace: self.choose(trace, rig, standing), lambda trace: {self.tier: store(trace)})
+        return under(rig, lambda trace: self.choose(trace, rig, standing), lambda trace: pages(trace, self.scratch, rig.device))
 
     def rates(self, trace: Trace, rig: Rig) -> Rates:
         """Seconds for the trace's operations, and the links: the board's or this machine's."""
@@ -114,22 +111,29 @@ class Poet(Section):
         rates = self.rates(trace, rig)
         stages = chain(trace).merged(self.stages)
         graph = poet.of_chain(stages, rates.link(self.tier))
+        page_seconds, deadline = (graph.page_in, graph.page_out), self.deadline or float("inf")
         if self.objective == "energy":
             graph = poet.energy(graph, rates.watts, rates.link(self.tier).watts)
         gradients = sum(s.bytes for s in trace.storages if s.external and s.kind == "gradient")
         room = parse_size(self.budget) - standing - gradients
         whole = sum(s.saved for s in stages.stages)
         found: list[tuple[str, dict[int, Any], Simulation]] = [("keep everything", {}, simulate(lower(trace, {}), rates))]
-        for level in range(1, LEVELS + 1):
+        limits = dict.fromkeys((self.deadline or None, None))  # a schedule that is too late tells how late
+        for level, limit in itertools.product(range(1, LEVELS + 1), limits):
             try:
-                solved = poet.solve(graph, whole * level / (LEVELS + 1), limit=SECONDS)
+                solved = poet.solve(graph, whole * level / (LEVELS + 1), deadline=limit, page_seconds=page_seconds, limit=SECONDS)
             except UserError:  # no schedule for so few bytes, or none in time
                 continue
             decisions = poet.decisions(stages, solved, self.tier)
             pages, again = len(solved.paged_in), len(solved.computed) - len(graph)
             found.append((f"POET: {pages} stages paged, {again} run again (gap {solved.gap:.1%})", decisions, simulate(lower(trace, decisions), rates)))
-        fits = [option for option in found if option[2].peak["device"] <= room]
-        if not fits:
+        within = [option for option in found if option[2].peak["device"] <= room]
+        fits = [option for option in within if option[2].seconds <= deadline]
+        if within and not fits:
+            least_seconds = min(option[2].seconds for option in within)
+            why = f"the quickest of {len(within)} schedules within {self.budget} takes {least_seconds:.4g} s"
+            raise DoesNotFit(f"no schedule takes {self.deadline:g} s", why, f"poet.deadline={least_seconds * 1.01:.4g}, or a larger poet.budget")
+        if not within:
             least = min(option[2].peak["device"] for option in found) + standing + gradients
             why = f"weights, optimizer{' and gradients' if gradients else ''} take {size(standing + gradients)}; {len(found)} schedules were tried"
             raise DoesNotFit(f"no schedule fits in {self.budget}", why, f"poet.budget={least}B, or a smaller train.micro_batch", least)

@@ -5,6 +5,7 @@
     plan = "selective"  what products made stays; norms, activations and attention run again
     budget = "600MB"    the fastest of some fifty plans (those above, Chen's own planner, recursion, a dynamic program over the blocks) whose
                         peak, to the byte, is within the budget for weights, gradients, optimizer and activations together
+    pages = "host"      (or "disk", in the folder `scratch`): a budget's plans may page tensors too, above all what enters a block
     plan = "coded"      nothing runs again; what blocks keep lies in `codec`: bf16 a half, fp8 a quarter, nf4 a seventh of the bytes
 
 A decoder block keeps 10 to 20 times its input, so there k = 1 is smallest; a larger k costs no time. Running all blocks again is a third more flops.
@@ -27,7 +28,7 @@ from pydantic import Field
 from lilliput.base.config import Section
 from lilliput.base.errors import DoesNotFit
 from lilliput.base.facts import Facts
-from lilliput.base.ledger import Ledger, Moment, Term
+from lilliput.base.ledger import Ledger, Moment, Term, Tier
 from lilliput.base.protocols import Phase, Site
 from lilliput.base.show import parse_size, size
 from lilliput.memory.plan import stored_bytes
@@ -47,6 +48,8 @@ class Remat(Section):
     plan: Literal["every", "sqrt", "selective", "budget", "coded"] = Field("every", description="what is kept; a budget makes it `budget`")
     every: int | Literal["sqrt"] = Field(1, description="blocks in one recomputed segment; sqrt = the square root of the depth")
     budget: str = Field("", description="bytes for weights, gradients, optimizer and activations: 600MB, 2GiB")
+    pages: Literal["off", "host", "disk"] = Field("off", description="where tensors may be paged to under a budget, what enters a block first")
+    scratch: str = Field("", description="folder of the page file (remat.pages=disk)")
     codec: Literal["exact", "bf16", "fp8", "nf4"] = Field("exact", description="how what blocks keep may lie until the backward pass (coded, budget)")
 
     @property
@@ -73,6 +76,10 @@ class Remat(Section):
             return "remat.plan=budget needs remat.budget=600MB, or another number of bytes"
         if self.kind == "coded" and self.codec == "exact":
             return "remat.plan=coded needs remat.codec=bf16, fp8 or nf4"
+        if self.pages != "off" and self.kind != "budget":
+            return f"remat.pages={self.pages} is decided under a budget: remat.budget=600MB"
+        if (self.pages == "disk") != bool(self.scratch):
+            return "remat.pages=disk needs remat.scratch=FOLDER for its file, and nothing else does"
         if self.codec != "exact" and self.kind not in ("coded", "budget"):
             return f"remat.codec={self.codec} is for what is kept, and remat.plan={self.kind} runs it again: remat.plan=coded, or a budget"
         return None
@@ -116,10 +123,16 @@ class Remat(Section):
 
     def recompute(self, rig: Rig) -> Rig:
         """Under a plan from now on."""
+        from lilliput.memory.stores import pages
         from lilliput.parallel.budget import under
 
         standing = rig.standing()
-        return under(rig, lambda trace: self.choose(trace, rig, standing))
+        return under(rig, lambda trace: self.choose(trace, rig, standing), lambda trace: pages(trace, self.scratch, rig.device) if self.pages != "off" else {})
+
+    @property
+    def files(self) -> str:
+        """The folder of its page file, if it has one."""
+        return self.scratch
 
     def choose(self, trace: Trace, rig: Rig, standing: int) -> tuple[str, Mapping[int, Any]]:
         """(name, decisions) for one trace; standing: bytes of weights and optimizer. DoesNotFit where no plan meets the budget."""
@@ -129,6 +142,7 @@ class Remat(Section):
         from lilliput.memory.planners.coded import coded
         from lilliput.memory.planners.selective import selective
         from lilliput.memory.planners.sqrt import segments
+        from lilliput.memory.profile import links
         from lilliput.memory.simulate import Rates
 
         blocks = chain(trace, entries(trace, BLOCKS))
@@ -139,11 +153,12 @@ class Remat(Section):
             return f"all blocks kept in {self.codec}", rounded(n)
         if self.kind == "budget":
             levels = dict.fromkeys(round(n * i / LEVELS) for i in range(1, LEVELS + 1)) if self.codec != "exact" else ()
-            rates = Rates({"device": speed(self.codec, rig.device)} if levels else {})
+            rates = Rates({**links(rig.site.hardware).links, **({"device": speed(self.codec, rig.device)} if levels else {})})
+            tiers: tuple[Tier, ...] = () if self.pages == "off" else (self.pages,)
             gradients = sum(s.bytes for s in trace.storages if s.external and s.kind == "gradient")
             room = parse_size(self.budget) - standing - gradients
             try:
-                option = frontier(trace, rates, more=[(f"the first {k} of {n} blocks kept in {self.codec}", rounded(k)) for k in levels]).pick(
+                option = frontier(trace, rates, tiers, more=[(f"the first {k} of {n} blocks kept in {self.codec}", rounded(k)) for k in levels]).pick(
                     {"device": max(0, room)}
                 )
             except DoesNotFit as fault:
