@@ -232,11 +232,14 @@ def _cached(batch: int, tokens: int, new: int, codec: str, mass: bool = False, h
     seen = torch.zeros(batch, kv_heads, tokens) if mass else None
     visible = torch.ones(new, tokens, dtype=torch.bool).tril(tokens - new)
 
-    def plain() -> None:
+    def plain() -> list[Tensor]:
+        answers = []
         for b in range(batch):
             mine = q[b * new : (b + 1) * new].transpose(0, 1)[None]
             whole = 1 < new == tokens
-            F.scaled_dot_product_attention(mine, keys[b, None], values[b, None], None if whole or new == 1 else visible, is_causal=whole, enable_gqa=True)
+            seen_by = None if whole or new == 1 else visible
+            answers.append(F.scaled_dot_product_attention(mine, keys[b, None], values[b, None], seen_by, is_causal=whole, enable_gqa=True))
+        return answers
 
     work = {"bytes": float(batch * tokens * store.bytes_per_token), "flops": 4.0 * batch * heads * dim * new * (tokens - (new - 1) / 2)}
     name = f"paged {'decode' if new == 1 else 'prefill'}, {codec}{', attention mass' if mass else ''}"
