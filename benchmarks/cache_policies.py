@@ -155,7 +155,7 @@ def choices(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
         read_each = round(statistics.fmean(len(p.context) + len(p.continuation) for four in pairs for p in four))
         row: dict[str, Any] = {"task": task, "questions": len(asked), "tokens": read_each}
         hits: dict[str, list[list[float]]] = {}
-        for policy in ("full", hitters, f"sinks:4+{size - 4}", window):
+        for policy in (*(() if args.two else ("full", f"sinks:4+{size - 4}")), hitters, window):
             one, start = engine(args, policy, 32 * size if policy != "full" else 16 * 512), time.perf_counter()
             scores = []
             for at in range(0, len(pairs), args.at_once):
@@ -190,6 +190,7 @@ def main() -> int:
     options.add_argument("--shots", type=int, default=8, help="solved examples before each question")
     options.add_argument("--tasks", nargs="+", default=["arc_easy", "piqa", "openbookqa"])
     options.add_argument("--questions", type=int, default=100, help="of each task; more than there are: all")
+    options.add_argument("--two", action="store_true", help="of choices: only heavy hitters and the window")
     options.add_argument("--at-once", type=int, default=6, help="questions in a batch")
     options.add_argument("--json", action="store_true")
     args = options.parse_args()

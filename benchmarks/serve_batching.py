@@ -10,8 +10,9 @@
                  its own last token has come, and the padding is computed but not counted
 
 Servers live at the same time and are loaded in turn; each replay has prompts of its own, so that no cache of prefixes helps. Time per token of a
-request = from its arrival to its last token, divided by its tokens (vLLM's normalised latency, section 6.1): waiting for admission counts. Arrivals
-and lengths are the trace's, arrivals `speed` times closer, lengths cut to --longest. `--server MODEL` is the static server itself.
+request = from its arrival to its last token, divided by its tokens (vLLM's normalised latency, section 6.1): waiting for admission counts. Beside
+it: ms to the first token, ms a token after the first, and the longest pause in the answer, each the 95th percentile over the requests. Arrivals and
+lengths are the trace's, arrivals `speed` times closer, lengths cut to --longest. `--server MODEL` is the static server itself.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from serve_load import Ask, Result, Target, opened, read_trace, send, start, sto
 from lilliput.base.show import Show
 from lilliput.loops.bench import machine
 
-COLUMNS = ("speed", "batching", "requests", "failed", "seconds", "out tok/s", "p50 ms/token", "p95 ms/token")
+COLUMNS = ("speed", "batching", "requests", "failed", "seconds", "out tok/s", "p50 ms/token", "p95 ms/token", "p95 first", "p95 after", "p95 pause")
 SIDES = ("continuous", "static", "padded")
 LIMITS = (25, 50, 75, 100, 150, 200, 400)
 
@@ -64,11 +65,12 @@ def measure(side: str, target: Target, trace: Path, count: int, speed: float, lo
     asks = [replace(ask, seed=ask.seed + 100_000 * (number + 1)) for ask in read_trace(trace, count, speed, longest)]
     results, seconds = asyncio.run((padded if side == "padded" else opened)(target, asks))
     good = [result for result in results if not result.fault]
-    each = sorted(1000 * result.last / result.tokens for result in good)
-    at = lambda share: round(each[min(len(each) - 1, int(share * len(each)))], 1)
+    at = lambda values, share: round(1000 * sorted(values)[min(len(good) - 1, int(share * len(good)))], 1)
+    each, after = [r.last / r.tokens for r in good], [(r.last - r.first) / (r.tokens - 1) for r in good]
     out = round(sum(result.tokens for result in good) / seconds, 1)
-    return {"requests": len(results), "failed": len(results) - len(good), "seconds": round(seconds, 1), "out tok/s": out, "p50 ms/token": at(0.5),
-            "p95 ms/token": at(0.95)}  # fmt: skip
+    return {"requests": len(results), "failed": len(results) - len(good), "seconds": round(seconds, 1), "out tok/s": out, "p50 ms/token": at(each, 0.5),
+            "p95 ms/token": at(each, 0.95), "p95 first": at([r.first for r in good], 0.95), "p95 after": at(after, 0.95),
+            "p95 pause": at([r.pause for r in good], 0.95)}  # fmt: skip
 
 
 def at_equal(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -64,6 +64,7 @@ class Result:
     last: float = 0.0
     tokens: int = 0
     prompt: int = 0
+    pause: float = 0.0  # the longest between two pieces of its text
     fault: str = ""
 
 
@@ -133,6 +134,7 @@ async def send(target: Target, ask: Ask, wanted: int = 0) -> Result:
                     result.fault = str(event["error"])
                 seen += sum(len(choice.get("token_ids") or ()) for choice in event.get("choices", ()))
                 if any(choice.get("text") for choice in event.get("choices", ())) and not 0 < wanted < seen:
+                    result.pause = max(result.pause, now - result.last if result.first else 0.0)
                     result.first, result.last = result.first or now, now
         writer.close()
         result.fault = result.fault or ("" if result.tokens else f"status {status.decode()}, no tokens")

@@ -67,7 +67,8 @@ class LanguageModel:
         engine = Engine(self.module, self.tokenizer, context=serve.context, kv=serve.kv, kv_tokens=serve.kv_tokens or None,
                         max_batch_tokens=serve.max_batch_tokens, sharing=serve.sharing, scheduling=serve.scheduling, preemption=serve.preemption,
                         swap_tokens=serve.swap_tokens, swap_file_tokens=serve.swap_file_tokens, swap_folder=serve.swap_folder,
-                        policy=serve.policy, draft=_drafter(serve), guesses=serve.guesses, max_adapters=serve.max_adapters)  # fmt: skip
+                        policy=serve.policy, draft=_drafter(serve), guesses=serve.guesses, max_adapters=serve.max_adapters,
+                        step_ms=serve.step_ms)  # fmt: skip
         if serve.adapters:
             for name, folder in Library(serve.adapters).found().items():
                 engine.load(engine.adapters.read(name, folder))

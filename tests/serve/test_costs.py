@@ -61,6 +61,32 @@ def test_auto_takes_the_cheaper_way(monkeypatch: pytest.MonkeyPatch) -> None:
         assert clock.moved == moved, "blocks are copied once to see"
 
 
+def test_a_step_has_prompts_for_the_time_that_is_wanted() -> None:
+    costs = Costs(BlockPool(20), Clock(1.0), "auto", step=0.1)  # type: ignore[arg-type]
+    assert costs.pace(5) == 2 * MANY, "nothing is known yet"
+    costs.step(512, 0.512)
+    assert costs.pace(5) == 95 and costs.pace(99) == MANY, "100 rows take 0.1 s"
+    for _ in range(20):
+        costs.step(100, 0.2)  # contexts have grown
+    assert costs.pace(5) in (44, 45)
+    costs.step(10, 1e9)
+    assert costs.pace(5) in (44, 45), "a few rows say nothing of a token of many"
+
+
+def test_an_engine_keeps_its_pace_only_beside_answers() -> None:
+    model, rows = model_of("llama"), []
+    engine = engine_of(model, step_ms=1e-6, sharing=False)
+    step = engine.costs.step
+    engine.costs.step = lambda count, seconds: (rows.append(count), step(count, seconds))  # type: ignore[func-returns-value, method-assign, assignment]
+    engine.add([5] * 90, Sampling(40, ignore_eos=True))
+    engine.step()
+    assert rows == [90], "nobody waits"
+    engine.add([6] * 100, Sampling(2, ignore_eos=True))
+    while engine.busy:
+        engine.step()
+    assert rows[1:5] == [1 + MANY, 1 + MANY, 1 + MANY, 1 + 100 - 3 * MANY], "the answer goes on while the prompt is read"
+
+
 def test_swap_without_space_is_refused() -> None:
     with pytest.raises(UserError, match="no swap space"):
         engine_of(model_of("llama"), preemption="swap")

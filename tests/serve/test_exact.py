@@ -30,6 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "swapped": TIGHT | dict(preemption="swap", swap_tokens=1024),
     "swapped, chunks of 7, no sharing": TIGHT | dict(preemption="swap", swap_tokens=1024, max_batch_tokens=7, sharing=False),
     "static": dict(batching="static"),
+    "short steps": dict(step_ms=1e-3),
 }
 
 

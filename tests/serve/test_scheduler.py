@@ -45,6 +45,19 @@ def test_a_long_prompt_is_cut_into_chunks_beside_a_running_answer() -> None:
     ]
 
 
+def test_prompts_take_what_the_pace_allows_while_somebody_answers() -> None:
+    asked: list[int] = []
+    scheduler = made(10, 50, pace=lambda rows: (asked.append(rows), 6)[1])  # type: ignore[func-returns-value]
+    add(scheduler, 1, 20, 18)
+    add(scheduler, 2, 20, 9)
+    assert [(c[0], c[2]) for c in step(scheduler)] == [(1, 20), (2, 20)] and not asked, "nobody answers yet"
+    add(scheduler, 3, 10, 9)
+    add(scheduler, 4, 10, 9)
+    assert [(c[0], c[2]) for c in step(scheduler)] == [(1, 21), (2, 21), (3, 6)]
+    assert [(c[0], c[2]) for c in step(scheduler)] == [(1, 22), (2, 22), (3, 10), (4, 2)], "a prompt that runs, then one that waits"
+    assert asked == [2, 2]
+
+
 def test_admission_waits_in_the_order_of_arrival() -> None:
     scheduler = made(4, 100)
     add(scheduler, 1, 3 * BLOCK, 10)

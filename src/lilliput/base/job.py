@@ -117,6 +117,7 @@ class Serve(Section):
     context: int = Field(0, ge=0, description="tokens of one request, prompt and answer together; 0 = the model's context")
     kv_tokens: int = Field(0, ge=0, description="tokens of cache over all requests; 0 = four contexts, at most a quarter of the free memory")
     max_batch_tokens: int = Field(512, ge=1, description="tokens of one step over all requests, and answers that run at once")
+    step_ms: float = Field(0.0, ge=0, description="a step in which answers are written should take at most so long: prompts are cut smaller; 0 = any time")
     sharing: bool = Field(True, description="prompts with the same beginning compute it once")
     scheduling: Literal["fcfs", "priority"] = Field("fcfs", description="which request runs first: in order of arrival, or by its priority")
     preemption: Literal["auto", "swap", "recompute"] = Field("auto", description="what a request that loses its cache does; auto = what is measured cheaper")

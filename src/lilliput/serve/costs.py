@@ -1,9 +1,14 @@
-"""Swap or recompute? What a preempted group would cost either way, from what this machine has been measured to do.
+"""What steps and copies take on this machine, as measured, and what follows from it.
+
+Swap or recompute? What a preempted group would cost either way:
 
     recompute   its tokens x seconds a token of a step with many rows (a running mean over such steps)
     swap        its blocks, out and back, x seconds a block (the first group's blocks are copied once to see, for memory and for the file)
 
 Kwon et al. 2023, section 7.3: the two are close at blocks of 16 to 64 tokens; small blocks favour recomputation.
+
+How much of a prompt beside answers? What a step of the wanted length has time for, by the same seconds a token. It corrects itself: steps that
+turn out longer (contexts grow, a core is lost) make the next ones smaller.
 """
 
 from __future__ import annotations
@@ -22,11 +27,12 @@ PROBE = 8  # blocks copied to see what one costs
 
 
 class Costs:
-    """Chooses how groups are preempted."""
+    """Chooses how groups are preempted, and how many tokens of prompts stand beside answers."""
 
-    def __init__(self, pool: BlockPool, runner: Runner, way: Literal["auto", "swap", "recompute"], host: int | None = None) -> None:
-        """`way`: auto, or what is done always (swap: while there is room). `host`: slots of swap space in memory, the first; None: all."""
-        self.pool, self.runner, self.way = pool, runner, way
+    def __init__(self, pool: BlockPool, runner: Runner, way: Literal["auto", "swap", "recompute"], host: int | None = None, step: float = 0.0) -> None:
+        """`way`: auto, or what is done always (swap: while there is room). `host`: slots of swap space in memory, the first; None: all.
+        `step`: seconds that a step should take at most."""
+        self.pool, self.runner, self.way, self.wanted = pool, runner, way, step
         self.host = pool.swap_total if host is None else host
         self.token_seconds = self.block_seconds = self.file_seconds = 0.0  # 0: not measured yet
 
@@ -35,6 +41,10 @@ class Costs:
         if rows >= MANY:
             each = seconds / rows
             self.token_seconds = each if not self.token_seconds else 0.8 * self.token_seconds + 0.2 * each
+
+    def pace(self, rows: int) -> int:
+        """Tokens of prompts for which a step has time beside so many rows of answers: so many at least that it says again what one takes."""
+        return max(MANY, int(self.wanted / self.token_seconds) - rows) if self.token_seconds else 2 * MANY
 
     def choose(self, group: Group) -> Way:
         """The cheaper way; recompute where nothing of it could be measured or there is no swap space."""

@@ -71,6 +71,7 @@ class Engine:
         draft: str | Decoder | NativeDecoder = "",
         guesses: int = 8,
         max_adapters: int = 16,
+        step_ms: float = 0.0,
     ) -> None:
         """`context`: tokens of one request (0: the model's context). `kv_tokens`: tokens of cache over all requests (None: four full
         contexts, or what a quarter of the free memory holds).
@@ -78,7 +79,7 @@ class Engine:
         model's cache is stored. `sharing`: prompts with the same beginning compute it once. `preemption`, `swap_tokens` (0 = none, so that
         preempted answers are computed again), `swap_file_tokens` more in a file in `swap_folder`, `batching`, `reserve`: serve/scheduler.py.
         `draft`: a drafter ("name:argument", "" = none) or a model that guesses, at most `guesses` tokens a step: serve/speculative.py.
-        `max_adapters`: loaded at once, serve/adapters.py."""
+        `max_adapters`: loaded at once, serve/adapters.py. `step_ms`: so long a step with answers should take at most (0: any time)."""
         self.model, self.tokenizer = model, tokenizer
         self.context, self.priorities = context_of(context, model.facts.context), scheduling == "priority"
         wanted = affordable(model, self.context) if kv_tokens is None else kv_tokens
@@ -96,9 +97,9 @@ class Engine:
         self.runner: Runner = runner_of(model, blocks, kv, swap)
         self.adapters = Adapters(model.spec, self.runner.lower, max_adapters)
         self.guesses = Speculation(draft, guesses, Place(model, self.runner, blocks, swap, kv, self.context)) if draft else None
-        self.costs = Costs(self.pool, self.runner, preemption, swap.host)
-        self.scheduler = Scheduler(self.pool, max_batch_tokens, choose=self.costs.choose, batching=batching, reserve=reserve,
-                                   window=self.policy.size)  # fmt: skip
+        self.costs = Costs(self.pool, self.runner, preemption, swap.host, step_ms / 1000)
+        self.scheduler = Scheduler(self.pool, max_batch_tokens, choose=self.costs.choose, pace=self.costs.pace if step_ms else None,
+                                   batching=batching, reserve=reserve, window=self.policy.size)  # fmt: skip
         self.retention = Retention(self.policy, self.runner, self.pool) if self.policy.evicts else None
         self.door = Door(model.facts.vocab, self.context, self.policy, self.scheduler)
         self.counts = Counts()

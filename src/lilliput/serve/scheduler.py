@@ -2,7 +2,8 @@
 
 There is no prefill phase and no decode phase: a sequence has tokens that are known and tokens that are computed, and a step
 hands out one budget of tokens: first one (and its draft) to every sequence that answers, then to prompts in order, then to
-admissions while blocks last. A long prompt is cut into what the others leave, so it never stops their answers.
+admissions while blocks last. A long prompt is cut into what the others leave, so it never stops their answers; `pace` cuts it
+further, so that it does not slow them down too much either.
 
 Sequences of one request are a group: they share the prompt's blocks and are admitted, preempted and resumed together. Order
 is arrival (FCFS), or priority and then arrival. When blocks run out, the last group in order loses all of its blocks: they
@@ -116,15 +117,17 @@ class Scheduler:
         max_batch_tokens: int,
         *,
         choose: Callable[[Group], Way] = recompute,
+        pace: Callable[[int], int] | None = None,
         batching: Literal["continuous", "static"] = "continuous",
         reserve: int = 0,
         watermark: float = 0.01,
         window: int = 0,
     ) -> None:
         """`max_batch_tokens`: tokens of one step over all sequences, and sequences that run. `watermark`: share of the pool that admissions leave free.
+        `pace`: tokens of prompts in a step that takes so many rows of answers, above 0 (None: what is left of the step's tokens).
         `window`: places that a sequence has at most; who commits so many must evict (0: no limit)."""
         self.window = window
-        self.pool, self.max_batch_tokens, self.choose = pool, max_batch_tokens, choose
+        self.pool, self.max_batch_tokens, self.choose, self.pace = pool, max_batch_tokens, choose, pace
         self.batching, self.reserve, self.watermark = batching, reserve, int(watermark * pool.total)
         self.waiting: list[Group] = []  # all three in order, first first
         self.running: list[Group] = []
@@ -237,6 +240,8 @@ class Scheduler:
             extra = min(len(seq.draft), budget)
             shares[seq.id] += extra
             budget -= extra
+        if shares and self.pace:  # somebody waits for this step
+            budget = min(budget, self.pace(self.max_batch_tokens - budget))
         for seq in prompts:
             if not seq.parked and (count := self._part(seq, budget)):
                 shares[seq.id] = count
