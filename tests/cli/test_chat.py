@@ -15,6 +15,7 @@ import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,6 +143,30 @@ def test_ctrl_c_is_noted_and_the_second_one_interrupts() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_ctrl_c_beside_the_prompt_does_not_end_the_conversation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One at the prompt, and a second while the hint is shown: under load both come at once."""
+    monkeypatch.setenv("LILLIPUT_CACHE", str(tmp_path))
+    lines, told = iter([True, False]), list[str]()
+
+    def ask(prompt: str) -> str:
+        if next(lines):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+            raise AssertionError("Ctrl-C at the prompt was not heard")
+        return "/exit"
+
+    def line(text: str) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        told.append(text)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("builtins.input", ask)
+    show = SimpleNamespace(line=lambda text: told.append(text) if not told else line(text))
+    assert verb.converse(SimpleNamespace(messages=[]), show) == OK  # type: ignore[arg-type]
+    assert told == [verb.HELP, "\n" + verb.HELP] and signal.getsignal(signal.SIGINT) == before
 
 
 class Terminal:

@@ -189,10 +189,10 @@ class Talk:
 def converse(talk: Talk, show: Show) -> int:
     """Read questions from the terminal until /exit or the end of input; a fault ends the answer, not the conversation."""
     show.line(HELP)
-    with line_history(env.cache_dir() / "chat_history", show):
+    with line_history(env.cache_dir() / "chat_history", show), only_at_prompt() as prompt:
         while True:
             try:
-                question = input("> ").strip()
+                question = prompt("> ").strip()
             except EOFError:
                 show.line("")
                 return OK
@@ -236,6 +236,32 @@ def interruptions() -> Iterator[list[int]]:
     before = signal.signal(signal.SIGINT, note)
     try:
         yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def only_at_prompt() -> Iterator[Callable[[str], str]]:
+    """`input`, and Ctrl-C raises KeyboardInterrupt within it alone: one that comes as an answer ends or a hint is shown must not end the conversation."""
+    waiting = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal waiting
+        if waiting:
+            waiting = False  # a second one while the first is dealt with is nothing
+            raise KeyboardInterrupt
+
+    def prompt(text: str) -> str:
+        nonlocal waiting
+        waiting = True
+        try:
+            return input(text)
+        finally:
+            waiting = False
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield prompt
     finally:
         signal.signal(signal.SIGINT, before)
 
