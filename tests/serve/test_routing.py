@@ -66,3 +66,15 @@ def test_many_conversations_stay_and_load_stays_level() -> None:
             moved += homes.setdefault(i, name) != name
     assert max(counts.values()) <= 1.5 * sum(counts.values()) / 4, counts
     assert moved <= 0.1 * sum(counts.values()), f"{moved} of {sum(counts.values())} turns went elsewhere"
+
+
+def test_conversations_spread_over_idle_replicas() -> None:
+    """One after the other, nobody busy: each new beginning goes where least was read, what goes on stays."""
+    affinity, sent = Affinity(), dict[int, str]()
+    for turn in range(2):
+        for number in range(6):
+            keys = digests(f"{number} " + "x" * 400 * (turn + 1))
+            first = affinity.order(keys, {"a": 0, "b": 0})[0]
+            assert sent.setdefault(number, first) == first
+            affinity.sent(first, keys)
+    assert sorted(sent.values()) == ["a", "a", "a", "b", "b", "b"]

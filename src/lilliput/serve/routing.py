@@ -58,9 +58,9 @@ class Affinity:
         """The replicas (name -> requests in flight), whom to ask first first."""
         least = min(loads.values(), default=0)
 
-        def rank(name: str) -> tuple[int, int, str]:
+        def rank(name: str) -> tuple[int, int, int, str]:  # of equally idle ones the one that has read least: conversations spread over the caches
             memory = self.match(name, keys) if loads[name] - least <= self.slack else 0
-            return -memory, loads[name], name
+            return -memory, loads[name], len(self._read.get(name, ())), name
 
         return sorted(loads, key=rank)
 
