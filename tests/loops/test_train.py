@@ -65,7 +65,7 @@ def spawn(text: Path, out: Path, *more: str) -> subprocess.Popen:
 
 
 def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         if (out / "metrics.jsonl").is_file() and f'"step": {step}, "loss"' in (out / "metrics.jsonl").read_text():
             return
@@ -125,10 +125,12 @@ def test_micro_batches_do_not_change_the_step(text: Path, tmp_path: Path) -> Non
     assert len(two) == 4 and two == pytest.approx(four, rel=1e-5)
 
 
-@pytest.mark.parametrize("room", ["lora.rank=4", "offload.tile=8192", "offload.delay=3", "qlora.rank=4", "remat.every=2", "remat.budget=40MB", "dtype=bf16"])
+@pytest.mark.parametrize("room", ["lora.rank=4", "offload.tile=8192", "offload.delay=3", "qlora.rank=4", "remat.every=2", "remat.budget=40MB", "dtype=bf16",
+                                  "fp8.scaling=amax", "paged.budget=5MB", "lora.rank=4 infinity.parameters=disk"])  # fmt: skip
 def test_interrupted_runs_continue_bitwise(room: str, text: Path, tmp_path: Path) -> None:
-    key, value = room.split("=")
-    steps = {"train.steps": "8", "train.save_every": "0", key: value}
+    steps = {"train.steps": "8", "train.save_every": "0"} | dict(word.split("=") for word in room.split())
+    if "disk" in room:
+        steps["infinity.folder"] = str(tmp_path / "scratch")
     run(text, tmp_path / "whole", **steps)
     from lilliput.loops import train as module
 
@@ -239,6 +241,19 @@ def test_kill_minus_nine_of_planned_runs_ten_times(more: str, text: Path, tmp_pa
     run(text, tmp_path / "whole", **words)
     assert json.loads((tmp_path / "whole" / "memory.json").read_text())["planner"] != "keep everything"
     kill_and_resume(text, tmp_path, tmp_path / "whole", 10, 3, *(f"{key}={value}" for key, value in words.items()))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("more", ["fp8.scaling=amax", "paged.budget=5MB paged.scratch=FOLDER", "lora.rank=4 infinity.parameters=disk infinity.folder=FOLDER",
+                                  "qlora.rank=4 paged.budget=64MB fp8.scaling=amax infinity.parameters=disk infinity.folder=FOLDER"])  # fmt: skip
+def test_kill_minus_nine_of_other_sections_ten_times(more: str, text: Path, tmp_path: Path) -> None:
+    words = more.replace("FOLDER", str(tmp_path / "scratch")).split()
+    run(text, tmp_path / "whole", **dict(word.split("=") for word in words))
+    if "5MB" in more:
+        rows = (tmp_path / "whole" / "metrics.jsonl").read_text()
+        assert all(json.loads(row)["evicted_bytes"] > 0 for row in rows.splitlines() if "evicted_bytes" in row), "pages leave in every step"
+    kill_and_resume(text, tmp_path, tmp_path / "whole", 10, 11, *words)
 
 
 def test_another_job_in_the_same_folder_is_refused_and_nothing_is_lost(text: Path, tmp_path: Path) -> None:

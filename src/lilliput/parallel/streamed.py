@@ -30,7 +30,7 @@ SAVED = ("parameters", "first", "second")
 class StreamedAdamW:
     """Stands where parallel.optimizer.AdamW stands. tiers: kind -> where it rests. residents: the parameters that are on the device now.
 
-    tile: numbers of one tile of an fp32 tensor. ahead: tiles in memory, of which one is read, one computed and one written.
+    tile: numbers of one tile of an fp32 tensor. ahead: tiles in memory, of which one is written, one computed and the others read.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], tiers: Mapping[str, HostTier | DiskTier], residents: Residents, *,
@@ -115,7 +115,7 @@ class StreamedAdamW:
             windows.append({kind: self.tiers[kind].window(name, start, count, buffers[kind]) for kind in KINDS})
 
         for number, (name, start, count) in enumerate(work):
-            for coming in range(len(windows), min(number + 2, len(work))):
+            for coming in range(len(windows), min(number + self.ahead - 1, len(work))):
                 fetch(coming)
             pieces = {kind: self._ready(window) for kind, window in windows[number].items()}
             parameter = self.parameters[name]

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 TILINGS = (1, 8)  # that are tried where a budget of bytes is given
 VISITORS = 3  # of the largest parameter: bytes of the device for those that visit
-TILE, AHEAD = 1 << 18, 3  # numbers of a tile of the update, and tiles in memory: one read, one computed, one written
+TILE, AHEAD = 1 << 18, 4  # numbers of a tile of the update, and tiles in memory: two read, one computed, one written
 LEARN_BESIDE = ("lora", "qlora")  # rooms under which the weights are frozen and what learns is small
 
 
