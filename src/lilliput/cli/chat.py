@@ -233,11 +233,8 @@ def interruptions() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         seen.append(number)
 
-    before = signal.signal(signal.SIGINT, note)
-    try:
+    with ctrl_c(note):
         yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -259,9 +256,16 @@ def only_at_prompt() -> Iterator[Callable[[str], str]]:
         finally:
             waiting = False
 
+    with ctrl_c(note):
+        yield prompt
+
+
+@contextmanager
+def ctrl_c(note: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within, Ctrl-C calls `note`; then what it called before."""
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield prompt
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 
