@@ -100,6 +100,17 @@ def dry(*words: str) -> dict:
     return json.loads(text[: text.rindex("}") + 1])
 
 
+def test_replicas_take_the_share_that_was_planned() -> None:
+    from lilliput.cli.serve import cache_override
+    from lilliput.plan.serving import memory_plan
+
+    job = Job.load(model="lilliput-tiny", serve={"context": 64})
+    assert cache_override(job, 1) == [] == cache_override(Job.load(model="lilliput-tiny", serve={"kv_tokens": 64}), 3)
+    assert cache_override(job, 3) == ["serve.kv_tokens=256"]
+    one, four = (memory_plan(Job.load(model="lilliput-tiny"), 1 << 22, times=times)[0].tokens for times in (1, 4))
+    assert 0 < four == 16 * -(-one // 64) < one, "a quarter in whole blocks"
+
+
 def test_the_plan_counts_a_drafter_an_embedder_and_replicas() -> None:
     """Against what an engine with a drafter and an embedder's model hold."""
     from lilliput import api

@@ -104,8 +104,7 @@ def present(jobs: list[Job], show: Show) -> int:
     from lilliput.base.show import size
     from lilliput.plan.serving import encoder_bytes, memory_plan
 
-    replicas = jobs[0].replicas
-    times = 1 if replicas.address else max(replicas.count, replicas.most)  # of a cluster's machines one replica each is told
+    times = replicas_here(jobs)
     documents, tables, total, fix = [], [], 0, ""
     device = hardware.find(jobs[0].top.hardware).select(jobs[0].top.device).device
     for job in jobs:
@@ -129,6 +128,12 @@ def present(jobs: list[Job], show: Show) -> int:
         show.line(why)
     show.line(f"{each}{size(total * times)} of {size(device.free)} free on {device.name}: {'fits' if fits else f'does not fit; {fix or FEWER}'}")
     return OK if fits else DOES_NOT_FIT
+
+
+def replicas_here(jobs: list[Job]) -> int:
+    """Replicas on this machine at most; of a cluster's machines one replica each is told."""
+    replicas = jobs[0].replicas
+    return 1 if replicas.address else max(replicas.count, replicas.most)
 
 
 def run(jobs: list[Job], show: Show, page: bool) -> None:
@@ -165,7 +170,8 @@ def several(jobs: list[Job], show: Show, keys: tuple[str, ...], folder: Path | N
     from lilliput.serve.front import Front
 
     options, http = jobs[0].replicas, jobs[0].http
-    handle, lost = replicas.start(functools.partial(replica_house, [job.to_toml() for job in jobs]), options, http)
+    told = [(job.to_toml(), cache_override(job, replicas_here(jobs))) for job in jobs]
+    handle, lost = replicas.start(functools.partial(replica_house, told), options, http)
     show.line(f"{options.count} replicas of Ray Serve" + (f", up to {options.most}" if options.most > options.count else ""))
     try:
         front = Front(handle, lost, http, keys, folder)
@@ -174,18 +180,29 @@ def several(jobs: list[Job], show: Show, keys: tuple[str, ...], folder: Path | N
         replicas.stop()
 
 
-def replica_house(jobs: list[str], name: str) -> House:
-    """The models of these jobs (TOML) in a replica of this name."""
+def cache_override(job: Job, times: int) -> list[str]:
+    """The cache of one of so many replicas on this machine, which each would take by what is free when it starts: the dry run's share, as an override."""
+    from lilliput.base import hardware
+    from lilliput.plan.serving import memory_plan
+
+    if job.serve.kv_tokens or times == 1 or encoder(job) is not None:
+        return []
+    device = hardware.find(job.top.hardware).select(job.top.device).device
+    return [f"serve.kv_tokens={memory_plan(job, device.free, device.kind, times)[0].tokens}"]
+
+
+def replica_house(jobs: list[tuple[str, list[str]]], name: str) -> House:
+    """The models of these jobs (TOML, overrides) in a replica of this name."""
     import tempfile
 
     from lilliput.base.job import Job
 
     with tempfile.TemporaryDirectory() as folder:
         made = []
-        for at, text in enumerate(jobs):
+        for at, (text, overrides) in enumerate(jobs):
             path = Path(folder) / f"{at}.toml"
             path.write_text(text)
-            made.append(Job.load(path))
+            made.append(Job.load(path, overrides))
     return open_house(made, name)[0]
 
 

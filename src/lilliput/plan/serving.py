@@ -1,7 +1,8 @@
 """Where a server's memory goes, before it starts and without torch: weights as they are stored, cache blocks, the work of one step.
 
     weights     as the runner holds them, to the byte: models/stored.py
-    cache       serve.kv_tokens, or as many tokens as the engine takes by itself: four contexts, at most a quarter of the free memory
+    cache       serve.kv_tokens, or as many tokens as the engine takes by itself: four contexts, at most a quarter of the free memory (of its
+                share of it, where several replicas are on this machine)
     swap        serve.swap_tokens beside it
     adapters    serve.max_adapters of them, each as large as the largest that lies in serve.adapters; as narrow as ops/low_rank.py keeps them
     draft       a model that guesses: its weights, and a cache and swap space of as many tokens; other drafters read what is there
@@ -26,7 +27,7 @@ from lilliput.models.load import choose_runner, resolve
 from lilliput.models.stored import PANEL, native_bytes
 from lilliput.plan.ledgers import ELEMENT
 from lilliput.serve.adapters import Library
-from lilliput.serve.admission import context_of
+from lilliput.serve.admission import cache_tokens, context_of
 from lilliput.serve.blocks import BLOCK, blocks_for
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class MemoryPlan:
     times: int = 1
 
     @property
+    def tokens(self) -> int:
+        """That the cache holds."""
+        return self.blocks * BLOCK
+
+    @property
     def kv(self) -> int:
         """Bytes of the cache."""
         return self.blocks * self.block_bytes
@@ -81,9 +87,8 @@ class MemoryPlan:
     def rows(self) -> Iterator[tuple[str, int, str]]:
         """(part, bytes, in words)."""
         yield "weights", self.weights, f"{self.parameters:,} parameters as {self.stored}"
-        tokens = self.blocks * BLOCK
-        shared = f"{tokens / self.context:.1f} contexts of {self.context:,}"
-        yield "cache", self.kv, f"{self.blocks:,} blocks of {BLOCK} tokens, {size(self.block_bytes)} each: {tokens:,} tokens, {shared}"
+        shared = f"{self.tokens / self.context:.1f} contexts of {self.context:,}"
+        yield "cache", self.kv, f"{self.blocks:,} blocks of {BLOCK} tokens, {size(self.block_bytes)} each: {self.tokens:,} tokens, {shared}"
         for part, (count, words) in self.more.items():
             yield part, count, words
         yield "a step", self.step, f"{self.step_tokens:,} tokens at most"
@@ -93,7 +98,7 @@ class MemoryPlan:
         """For --json."""
         return {
             "weights": self.weights, "stored": self.stored, "parameters": self.parameters, "kv": self.kv, "blocks": self.blocks, "block_tokens": BLOCK,
-            "block_bytes": self.block_bytes, "kv_tokens": self.blocks * BLOCK, "context": self.context,
+            "block_bytes": self.block_bytes, "kv_tokens": self.tokens, "context": self.context,
             **{part: self.more.get(part, (0, ""))[0] for part in PARTS}, "step": self.step, "total": self.total, "free": self.free, "fits": self.fits,
         }  # fmt: skip
 
@@ -106,7 +111,7 @@ def memory_plan(job: Job, free: int, device: str = "cpu", times: int = 1) -> tup
     about, context = facts(spec), context_of(serve.context, spec.context)
     weights, stored, half = weight_bytes(spec, checkpoint, serve, runner, dtype)
     assert about.kv is not None and about.activations is not None, "a decoder states its cache and its activations"
-    tokens = serve.kv_tokens or max(BLOCK, min(4 * context, free // 4 // about.kv.bytes_per_token(4)))
+    tokens = serve.kv_tokens or cache_tokens(context, free // times, about.kv.bytes_per_token(4))
     rows, blocks, swapped = min(serve.max_batch_tokens, tokens), blocks_for(tokens), serve.swap_tokens // BLOCK
     step = sum(a.size for a in about.activations(1, rows, 4) if a.per == "block" and a.saved) + 4 * spec.vocab * 16
     block = kv_token_bytes(spec, serve.kv if runner == "native" else "fp32") * BLOCK

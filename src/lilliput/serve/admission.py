@@ -76,7 +76,7 @@ def context_of(asked: int, own: int) -> int:
 
 
 def affordable(model: Decoder | NativeDecoder, context: int) -> int:
-    """Tokens of cache where nobody says how many: four contexts, at most a quarter of the free memory, at least a block."""
+    """Tokens of cache of this model where nobody says how many."""
     kv = model.facts.kv
     assert kv is not None, "a decoder states the shape of its keys and values"
     if model.device.type == "cuda":
@@ -88,4 +88,9 @@ def affordable(model: Decoder | NativeDecoder, context: int) -> int:
         free, element = torch.cuda.mem_get_info(model.device)[0], next(model.parameters()).element_size()
     else:
         free, element = hardware.memory()[1], 4
-    return max(BLOCK, min(4 * context, free // 4 // kv.bytes_per_token(element)))
+    return cache_tokens(context, free, kv.bytes_per_token(element))
+
+
+def cache_tokens(context: int, free: int, token: int) -> int:
+    """Four contexts, at most a quarter of the `free` bytes, at least a block. `token`: bytes of one."""
+    return max(BLOCK, min(4 * context, free // 4 // token))
