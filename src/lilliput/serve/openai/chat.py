@@ -1,26 +1,26 @@
 """POST /v1/chat/completions: messages in; text, tool calls, log probabilities out, whole or as a stream.
 
-What the answer may be becomes one grammar: response_format, the tools that must or may be called, or structured_outputs. With
-tool_choice auto the text is free until the model opens a call, which is then bound to the tool's schema.
+What the answer may be becomes one grammar (guides.py). With tool_choice auto the text is free until the model opens a call, which is then
+bound to the tool's schema.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any
 
 from lilliput.base.errors import UserError
 from lilliput.serve import tools
-from lilliput.serve.openai import prompts
-from lilliput.serve.openai.errors import ApiError, from_user_error
-from lilliput.serve.openai.protocol import ChatRequest, Json, NamedTool, ResponseFormat, Structured
+from lilliput.serve.openai import guides, prompts
+from lilliput.serve.openai.errors import from_user_error
+from lilliput.serve.openai.protocol import ChatRequest, Json
 from lilliput.serve.openai.reply import DONE, Events, event
 from lilliput.serve.openai.served import Run, Served
 from lilliput.serve.reasoning import Begin, Thinking
-from lilliput.serve.request import Delta, Guide, Scored
+from lilliput.serve.request import Delta, Scored
 
 
 async def start(served: Served, body: ChatRequest) -> Chat:
@@ -33,61 +33,18 @@ async def start(served: Served, body: ChatRequest) -> Chat:
     prompt = await prompts.of_chat(served, [message.plain() for message in body.messages], functions, switches,
                                    opens=body.add_generation_prompt is not False, goes_on=body.continue_final_message,
                                    special=body.add_special_tokens)  # fmt: skip
-    guide = await _guide(served, body, functions, bare, prompt.at)
+    guide = await guides.of_chat(served, body, functions, bare, prompt.at)
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     ids = prompts.cut(served, prompt.ids, body.truncate_prompt_tokens, asked)
     more: dict[str, Any] = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None, "adapter": adapter, "prompt_logprobs": body.prompt_logprobs}
     try:
         room = served.room(len(ids), asked, None)
-        sampling = body.sampling(room, served.defaults, guide=served.among(body.allowed_token_ids, guide), **more)
+        sampling = body.sampling(room, served.defaults, guide=guide, **more)
         search = body.beam(room, adapter)
     except UserError as error:
         raise from_user_error(error) from error
     run = Run(served, [ids], sampling, "messages", search)
     return Chat(run, body, [function["name"] for function in functions], bare, prompt.at)
-
-
-async def _guide(served: Served, body: ChatRequest, functions: list[Json], bare: bool, at: Begin) -> Callable[[], Guide] | None:
-    if body.structured_outputs is not None:
-        if functions or body.response_format is not None:
-            raise ApiError("structured_outputs goes without tools and response_format", "structured_outputs")
-        return await structured(served, body.structured_outputs, at)
-    schema = schema_of(body.response_format)
-    if not functions:
-        return None if schema is None else await served.guide(lambda: served.grammars.json_schema(schema), "response_format", at)
-    if isinstance(body.tool_choice, NamedTool):
-        functions = [function for function in functions if function["name"] == body.tool_choice.function.name]
-    required, many = body.tool_choice not in (None, "auto"), body.parallel_tool_calls is not False
-    try:
-        grammars = served.grammars
-    except UserError as error:
-        if required or schema is not None:
-            raise from_user_error(error, "tool_choice" if required else "response_format") from error
-        return None  # free text, and calls as well as the model writes them
-    return await served.guide(lambda: grammars.grammar(tools.rule(functions, required=required, many=many, bare=bare, answer=schema)), "tools", at)
-
-
-def schema_of(wanted: ResponseFormat | None) -> Json | None:
-    """The JSON schema of a response_format; None for free text."""
-    if wanted is None or wanted.type == "text":
-        return None
-    return {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
-
-
-async def structured(served: Served, wanted: Structured, at: Begin = "after") -> Callable[[], Guide]:
-    """The guide of vLLM's structured_outputs."""
-
-    def make() -> Callable[[], Guide]:
-        grammars = served.grammars
-        if wanted.json_object is not None:
-            return grammars.json_object()
-        if wanted.regex is not None:
-            return grammars.regex(wanted.regex)
-        if wanted.choice is not None:
-            return grammars.choice(wanted.choice)
-        return grammars.grammar(wanted.grammar) if wanted.grammar is not None else grammars.json_schema(wanted.json_)
-
-    return await served.guide(make, "structured_outputs", at)
 
 
 class Chat:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 from lilliput.base.errors import UserError
-from lilliput.serve.openai import chat, prompts
+from lilliput.serve.openai import guides, prompts
 from lilliput.serve.openai.errors import ApiError, from_user_error
 from lilliput.serve.openai.protocol import CompletionRequest, Json
 from lilliput.serve.openai.reply import DONE, Events, event
 from lilliput.serve.openai.served import Run, Served
-from lilliput.serve.request import Delta, Guide, Scored
+from lilliput.serve.request import Delta, Scored
 
 DEFAULT_TOKENS = 16  # as at OpenAI
 MOST_PROMPTS = 128
@@ -36,7 +36,7 @@ async def start(served: Served, body: CompletionRequest) -> Completion:
     cut = [prompts.cut(served, prompt, body.truncate_prompt_tokens, body.max_tokens or DEFAULT_TOKENS) for prompt in ids]
     asked = [text if len(kept) == len(whole) else kept for text, whole, kept in zip(asked, ids, cut)]
     only_prompt = bool(body.echo) and body.max_tokens == 0
-    guide = await _guide(served, body)
+    guide = await guides.of_completion(served, body)
     if body.stream and (body.best_of or 1) > (body.n or 1):
         raise ApiError("best_of cannot be streamed: the best answers are known at the end", "best_of")
     more: dict[str, Any] = {"logprobs": body.logprobs, "best_of": body.best_of, "guide": guide, "adapter": adapter}
@@ -48,17 +48,6 @@ async def start(served: Served, body: CompletionRequest) -> Completion:
     except UserError as error:
         raise from_user_error(error) from error
     return Completion(Run(served, cut, sampling, "prompt", search), body, asked, only_prompt)
-
-
-async def _guide(served: Served, body: CompletionRequest) -> Callable[[], Guide] | None:
-    if body.structured_outputs is not None and body.response_format is not None:
-        raise ApiError("structured_outputs goes without response_format", "structured_outputs")
-    schema, guide = chat.schema_of(body.response_format), None
-    if body.structured_outputs is not None:
-        guide = await chat.structured(served, body.structured_outputs)
-    elif schema is not None:
-        guide = await served.guide(lambda: served.grammars.json_schema(schema), "response_format")
-    return served.among(body.allowed_token_ids, guide)
 
 
 class Completion:
