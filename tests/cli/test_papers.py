@@ -52,10 +52,10 @@ def test_status_is_derived_from_run_and_registry():
 
 
 def test_no_system_without_a_run_claims_to_work():
-    working = ["checkpointing", "zero-offload", "zero-infinity", "poet", "qlora", "fp8", "flashattention-2", "bytetransformer", "vllm", "speculative-decoding",
+    working = ["checkpointing", "zero-offload", "poet", "qlora", "fp8", "flashattention-2", "bytetransformer", "vllm", "speculative-decoding",
                "streamingllm", "h2o"]  # fmt: skip
     assert [paper.name for paper in every() if paper.status == "works"] == working
-    assert [paper.name for paper in every() if paper.status == "in part"] == ["deepspeed-inference", "et"]
+    assert [paper.name for paper in every() if paper.status == "in part"] == ["zero-infinity", "deepspeed-inference", "et"]
 
 
 def test_what_runs_was_measured_and_nothing_else():

@@ -16,6 +16,7 @@ from lilliput.models.layers import Linear
 from lilliput.models.sizes import PRESETS
 from lilliput.models.spec import DecoderSpec
 from lilliput.parallel.resident import Residents
+from lilliput.parallel.rig import Rig
 from lilliput.train.fp8 import Fp8
 from lilliput.train.infinity import Infinity
 from lilliput.train.lora import Lora
@@ -123,6 +124,31 @@ def test_order_is_learned_in_one_step(tmp_path: Path) -> None:
     rig.evaluate(random_batch(SPEC.vocab))  # another order: forward only
     rig.step(random_batch(SPEC.vocab), 1e-2, 4)
     assert residents.fetched > reads and residents.retraced >= changes[-1]
+
+
+def test_another_order_is_learned_in_one_step_and_changes_no_bit(tmp_path: Path) -> None:
+    """A model whose layers come in another order from step 4 on, and which leaves two of them out from step 8 on."""
+    orders = [(0, 1, 2, 3)] * 4 + [(3, 1, 0, 2)] * 4 + [(1, 2)] * 4
+
+    def trained(rooms: dict) -> tuple[Rig, list[tuple[float, float]], list[int], list[int]]:
+        rig, found, waits, changes = make_rig(rooms), [], [], []
+        layers, residents = dict(rig.model.layers.named_children()), rig.optimizer.residents if rooms else None
+        for step, order in enumerate(orders):
+            rig.model.layers._modules = {str(k): layers[str(k)] for k in order}  # what is gone over; names stay
+            before = (residents.waited, residents.retraced) if residents else (0, 0)
+            sums = rig.step(random_batch(SPEC.vocab, seed=step), 1e-2, step)
+            found.append((sums.loss, sums.norm))
+            waits.append(residents.waited - before[0] if residents else 0)
+            changes.append(residents.retraced - before[1] if residents else 0)
+        rig.model.layers._modules = layers
+        return rig, found, waits, changes
+
+    rig, found, waits, changes = trained({"infinity": on_disk(tmp_path)})
+    plain, expected, _, _ = trained({})
+    assert found == expected
+    assert all(torch.equal(rig.weight(rig, n), p) for n, p in plain.model.named_parameters())
+    assert waits[4] > waits[1] and [waits[k] for k in (2, 3, 5, 6, 7, 9, 10, 11)] == [waits[1]] * 8, "what nobody could know is waited for, once"
+    assert [step for step in range(1, 12) if changes[step]] == [4, 8], "and the next step knows the new order"
 
 
 def test_construction_holds_one_parameter_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

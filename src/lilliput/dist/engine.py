@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +25,12 @@ import torch
 
 from lilliput.base.errors import UserError
 from lilliput.base.records import disk_errors, locked
-from lilliput.dist.link import Throttle
+from lilliput.dist.link import Throttle, own
 from lilliput.ops.pages import PAGE, sums
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-HUGE = 2 << 20  # bytes of a huge page
 BLOCK = 1 << 20  # bytes that one checksum covers
 
 
@@ -44,12 +42,7 @@ def aligned(count: int) -> int:
 def whole_pages(count: int) -> Tensor:
     """A buffer of its own, uint8, of so many bytes rounded up to pages, which begins on one. In huge pages where the system has them: a disk takes
     a limited number of pieces of memory at a time, and a block of single pages is several requests."""
-    size = aligned(count) if count < HUGE else -(-count // HUGE) * HUGE
-    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a system without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)[: aligned(count)]
+    return own(aligned(count), rounded=True)
 
 
 def straight(part: Tensor) -> bool:

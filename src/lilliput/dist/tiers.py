@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lilliput.dist.arena import Arena
 from lilliput.dist.engine import Engine, settled
-from lilliput.dist.link import Link, resting
+from lilliput.dist.link import Link, lasting
 
 
 class Tier(Protocol):
@@ -66,7 +66,7 @@ class HostTier:
     def __init__(self, shapes: Mapping[str, tuple[int, torch.dtype]], device: torch.device, speed: float = 0.0) -> None:
         self.shapes, self.device = dict(shapes), device
         self.down, self.up = Link(speed, device), Link(speed, device)
-        self.tensors = {name: resting((count,), dtype, device).zero_() for name, (count, dtype) in self.shapes.items()}
+        self.tensors = {name: lasting((count,), dtype, device) for name, (count, dtype) in self.shapes.items()}
 
     def read(self, name: str, into: Tensor, start: int = 0) -> Future[None]:
         """See Tier."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lilliput.dist.link import Link, resting
+from lilliput.dist.link import Link, lasting, resting
 from lilliput.ops.adamw import Rule, update_master
 from lilliput.parallel.leaving import when_complete
 
@@ -56,9 +56,10 @@ class HostAdamW:
         self.betas, self.eps, self.weight_decay, self.tile = betas, eps, weight_decay, tile
         self.steps = 0
         self.device = next(iter(self.parameters.values())).device
-        self.masters = {n: master(n).to("cpu", torch.float32, copy=True).contiguous() for n in self.parameters}
-        self.first = {n: torch.zeros_like(t) for n, t in self.masters.items()}
-        self.second = {n: torch.zeros_like(t) for n, t in self.masters.items()}
+        wide = lambda: {n: lasting(p.shape, torch.float32) for n, p in self.parameters.items()}
+        self.masters, self.first, self.second = wide(), wide(), wide()
+        for n, tensor in self.masters.items():
+            tensor.copy_(master(n))
         self.down, self.up = Link(speed, self.device), Link(speed, self.device)
         self.largest = max(p.numel() for p in self.parameters.values())
         self.landing: torch.Tensor | None = None  # what comes down before it is added, where gradients are summed
@@ -79,7 +80,7 @@ class HostAdamW:
 
     def room(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """A flat tensor for each parameter in the host's memory."""
-        return {n: resting((p.numel(),), dtype, self.device) for n, p in self.parameters.items()}
+        return {n: lasting((p.numel(),), dtype, self.device) for n, p in self.parameters.items()}
 
     def held(self) -> list[torch.Tensor]:
         """Everything that lies on the host."""

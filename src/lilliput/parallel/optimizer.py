@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 
 from lilliput.base.seeds import key
+from lilliput.dist.link import lasting
 from lilliput.ops.adamw import Rule, update
 
 
@@ -24,8 +25,9 @@ class AdamW:
         self.parameters = dict(parameters)
         self.betas, self.eps, self.weight_decay, self.seed = betas, eps, weight_decay, seed
         self.steps = 0
-        self.first = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in self.parameters.items()}
-        self.second = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in self.parameters.items()}
+        zeros = lambda p: lasting(p.shape, torch.float32) if p.device.type == "cpu" else torch.zeros_like(p, dtype=torch.float32)
+        self.first = {n: zeros(p) for n, p in self.parameters.items()}
+        self.second = {n: zeros(p) for n, p in self.parameters.items()}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
