@@ -28,7 +28,7 @@ SPEC = PRESETS["tiny"]
 FACTS = facts(SPEC)
 # room -> a config that acts on a four-block model. paged, poet: with room for everything; what they do with less: tests/train/test_paged.py, test_poet.py
 SMALL = {
-    "infinity": {"parameters": "host"},
+    "chunked": {"tokens": 8}, "infinity": {"parameters": "host"},
     "fp8": {"scaling": "amax"}, "lora": {"rank": 4, "alpha": 8.0}, "offload": {"tile": 4096}, "paged": {"budget": "1GB"}, "poet": {"budget": "1GB"},
     "qlora": {"rank": 4, "alpha": 8.0}, "remat": {"every": 2},
 }  # fmt: skip
@@ -144,7 +144,7 @@ def eight_bit_reference() -> tuple[list[float], dict[str, torch.Tensor]]:
 # room -> (reference, tolerance); 0 = bitwise. Rooms that change the mathematics have a reference of their own.
 REFERENCES: dict[str, tuple[Callable, float]] = {
     "fp8": (eight_bit_reference, 2e-5), "offload": (mixed_reference, 0.0), "infinity": (plain, 0.0), "paged": (plain, 0.0),
-    "poet": (plain, 0.0), "remat": (plain, 0.0),
+    "poet": (plain, 0.0), "remat": (plain, 0.0), "chunked": (plain, 2e-5),
     "lora": (low_rank_reference, 2e-5), "qlora": (quantised_low_rank_reference, 2e-5),
 }  # fmt: skip
 ROUNDS = ("offload", "qlora", "fp8")  # rooms that round what the model computes with: beside them the first step is theirs alone, or nearly the first one's

@@ -15,6 +15,7 @@ from lilliput.loops.train import train
 from lilliput.memory.plan import MemoryPlan
 from lilliput.models.sizes import PRESETS
 from lilliput.parallel.budget import _update
+from lilliput.train.chunked import Chunked
 from lilliput.train.fp8 import Fp8
 from lilliput.train.infinity import Infinity
 from lilliput.train.lora import Lora
@@ -32,6 +33,9 @@ CASES = {
     "sqrt offload": {"remat": Remat(plan="sqrt"), "offload": Offload()},
     "qlora remat fp8": {"qlora": Qlora(rank=4), "remat": Remat(), "fp8": Fp8()}, "infinity": {"infinity": Infinity()},
     "infinity lora": {"infinity": Infinity(), "lora": Lora(rank=4)}, "tiles": {"infinity": Infinity(tiles=4)},
+    "chunked": {"chunked": Chunked(tokens=24)}, "chunked lora": {"chunked": Chunked(tokens=24), "lora": Lora(rank=4)},
+    "chunked offload": {"chunked": Chunked(tokens=24), "offload": Offload()}, "infinity chunked": {"infinity": Infinity(), "chunked": Chunked(tokens=24)},
+    "chunked qlora sqrt": {"chunked": Chunked(tokens=24), "qlora": Qlora(rank=4), "remat": Remat(plan="sqrt")},
 }  # fmt: skip
 
 

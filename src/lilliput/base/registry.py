@@ -13,6 +13,7 @@ from lilliput.base.errors import UserError, did_you_mean
 
 ROOMS: dict[str, dict[str, str]] = {
     "train": {
+        "chunked": "lilliput.train.chunked:Chunked",
         "fp8": "lilliput.train.fp8:Fp8",
         "infinity": "lilliput.train.infinity:Infinity",
         "lora": "lilliput.train.lora:Lora",

@@ -97,6 +97,7 @@ class _Loop:
 
     def __init__(self, job: Job, run: records.Run, show: Show) -> None:
         self.job, self.run, self.show = job, run, show
+        self.pinned = run.folder / "rooms.json"  # what was chosen when the run began
         self.start = 0
 
     def prepare(self, spec: DecoderSpec, source: Path | None) -> None:
@@ -119,7 +120,7 @@ class _Loop:
         self.spec, self.lineage = spec, checkpoint
         self.micro, self.estimate = self._plan(spec, data.sequence)
         self.stream, self.held = self._open(open_data, data, spec.context)
-        self.rig = self._assemble(spec, checkpoint, data.sequence)
+        self.rig = self._fitted(spec, checkpoint, data.sequence)
         self.identity = self._identity(spec)
         self._write_plans()
         if self.rig.plan is not None:
@@ -154,22 +155,36 @@ class _Loop:
             tokenizer.save(folder)
         return tokenizer
 
-    def _plan(self, spec: DecoderSpec, sequence: int) -> tuple[int, Any]:
+    def _fitted(self, spec: DecoderSpec, checkpoint: Checkpoint | None, sequence: int) -> Rig:
+        """The rig of the sections that were chosen; of the next ones, as long as a plan to the byte refuses those. Then they are pinned."""
+        from lilliput.plan.choose import words
+
+        given, refused = dict(self.job.rooms), {}
+        while (choice := self.estimate.choice) is not None and not self.pinned.is_file():
+            self.job.rooms = {**given, **choice.added}
+            try:
+                rig = self._assemble(spec, checkpoint)
+            except DoesNotFit as fault:
+                self.show.line(f"not {words(choice.added)}, planned to the byte: {fault.what}")
+                self.job.rooms, refused[words(choice.added)] = given, fault
+                self.micro, self.estimate = self._plan(spec, sequence, refused)
+                continue
+            for line in choice.lines():
+                self.show.line(line)
+            records.write_json(self.pinned, {name: section.model_dump(exclude_unset=True) for name, section in choice.added.items()})
+            return rig
+        return self._assemble(spec, checkpoint)
+
+    def _plan(self, spec: DecoderSpec, sequence: int, refused: Mapping[str, DoesNotFit] | None = None) -> tuple[int, Any]:
         from lilliput.models.facts import facts
         from lilliput.plan.estimate import estimate_training
 
-        pinned = self.run.folder / "rooms.json"  # what was chosen when the run began
-        if pinned.is_file():
-            self.job.rooms |= {name: registry.find("train", name).model_validate(section) for name, section in records.read_json(pinned).items()}
+        if self.pinned.is_file():
+            self.job.rooms |= {name: registry.find("train", name).model_validate(section) for name, section in records.read_json(self.pinned).items()}
         self.hardware: Hardware = hardware.find(self.job.top.hardware).select(self.job.top.device)
-        estimate = estimate_training(self.job, facts(spec), self.hardware)
+        estimate = estimate_training(self.job, facts(spec), self.hardware, refused)
         if not estimate.fits:
             raise DoesNotFit(*estimate.verdict())
-        if estimate.choice is not None and not pinned.is_file():
-            for line in estimate.choice.lines():
-                self.show.line(line)
-            records.write_json(pinned, {name: section.model_dump(exclude_unset=True) for name, section in estimate.choice.added.items()})
-            self.job.rooms |= estimate.choice.added
         micro = estimate.site.sequences
         if self.job.train.tokens_per_step % (micro * sequence):
             near = max(1, round(self.job.train.tokens_per_step / (micro * sequence))) * micro * sequence
@@ -177,7 +192,7 @@ class _Loop:
             raise UserError(f"train.tokens_per_step={self.job.train.tokens_per_step} is no multiple of a micro-batch", why, f"train.tokens_per_step={near}")
         return micro, estimate
 
-    def _assemble(self, spec: DecoderSpec, checkpoint: Checkpoint | None, sequence: int) -> Rig:
+    def _assemble(self, spec: DecoderSpec, checkpoint: Checkpoint | None) -> Rig:
         import torch
 
         from lilliput.memory.plan import MemoryPlan

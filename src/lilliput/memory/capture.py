@@ -101,7 +101,8 @@ class Recorder(TorchDispatchMode):
         if op.random and any(t.device.type != "cpu" for t in (*leaves, *out)):
             op.replayable = False  # only the CPU generator's state is kept; elsewhere what was drawn stays
         for storage_index in dict.fromkeys((*writes, *news)):
-            if not self.storages[storage_index].external or storage_index in news:
+            new = storage_index in news
+            if new or (self.forward and not self.storages[storage_index].external):  # what the backward pass changes, it has asked for
                 self.storages[storage_index].writers.append(number)
         if self.forward:
             for read in dict.fromkeys(reads):

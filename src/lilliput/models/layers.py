@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lilliput.ops.chunked import linear_cross_entropy
 from lilliput.ops.linear import linear
 from lilliput.ops.norm import rms_norm
 
@@ -144,6 +145,7 @@ class Head(nn.Module):
         if tied_to is None:
             self.weight = nn.Parameter(torch.empty(vocab, dim))
 
-    def forward(self, h_BTC: Tensor) -> Tensor:
-        """[..., dim] -> [..., vocab] fp32."""
-        return linear(h_BTC, self._tied_to[0].weight if self._tied_to else self.weight).float()
+    def forward(self, h_BTC: Tensor, targets_N: Tensor | None = None, chunk: int = 0) -> Tensor:
+        """[..., dim] -> [..., vocab] fp32. With targets, whose N are the rows of h: their summed cross-entropy, `chunk` rows at a time."""
+        weight = self._tied_to[0].weight if self._tied_to else self.weight
+        return linear(h_BTC, weight).float() if targets_N is None else linear_cross_entropy(h_BTC, weight, targets_N, chunk)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lilliput.base.errors import UserError
+from lilliput.base.errors import DoesNotFit, UserError
 from lilliput.base.facts import Facts
 from lilliput.base.protocols import Phase, Site, Strategy, in_order, refusal
 from lilliput.data.batch import IGNORE, MicroBatch
@@ -174,6 +174,7 @@ def accumulate(rig: Rig, batch: Sequence[MicroBatch], weight: int) -> torch.Tens
         loss, _ = rig.objective(rig.model, micro)
         (loss / weight).backward()
         total += loss.detach()
+        del loss  # four bytes that the next forward pass would find
     return total
 
 
@@ -269,7 +270,11 @@ def assemble(model: Any, rooms: Mapping[str, Strategy], *, optimizer: Mapping[st
     for phase, _, act in order(rooms):
         if phase == Phase.STEP:
             rig = act(rig)
-    return counted(rig)
+    try:
+        return counted(rig)
+    except DoesNotFit:
+        rig.close(rig)
+        raise
 
 
 def materialise(rig: Rig) -> None:

@@ -3,7 +3,7 @@
 Every set of rooms that can be set to a budget (`within` gives a room's settings, the quickest first) is tried beside the job's own, and judged
 by the ledger. Of those that fit the one with the fewest rooms is taken, the quickest where several have as few, the one that moves the fewest
 bytes where they are as quick; each of the others leaves with its reason. Where nothing fits, the smallest budgets that would do are said.
-The run then plans to the byte and refuses before anything is loaded where closed forms were too kind.
+The run then plans to the byte, before anything is loaded. Where closed forms were too kind the set is `refused` and the next one is taken.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lilliput.base import registry
+from lilliput.base.errors import DoesNotFit
 from lilliput.base.ledger import Ledger, Tier
 from lilliput.base.protocols import refusal
 from lilliput.base.show import size
@@ -31,6 +32,7 @@ class Choice:
     reason: str
     rejected: tuple[tuple[str, str], ...]
     least: str = ""
+    fits: bool = True
 
     def lines(self) -> list[str]:
         """In words: the choice first."""
@@ -52,22 +54,29 @@ def sets(trial: Trial, folder: str) -> Iterator[dict[str, Any]]:
             yield from (dict(zip(chosen, settings, strict=True)) for settings in itertools.product(*(able[name] for name in chosen)))
 
 
-def choose(trial: Trial, free: bool, folder: str, seconds: Callable[[Ledger, Trial], float]) -> tuple[Trial, Choice]:
+def choose(
+    trial: Trial, free: bool, folder: str, seconds: Callable[[Ledger, Trial], float], refused: Mapping[str, DoesNotFit] | None = None
+) -> tuple[Trial, Choice]:
     """(the variant to run, what was chosen). free: its micro-batch may be set too. folder: of the disk that may be used, empty = none.
-    Nothing that fits: the one that comes nearest."""
+    refused: sets in `words` that a plan to the byte has refused. Nothing that fits: the one that comes nearest."""
+    refused = refused or {}
     fitting: list[tuple[tuple[int, float, float], Trial, dict[str, Any]]] = []
     rejected: dict[str, str] = {}
     near: list[tuple[tuple[int, int], Trial, dict[str, Any]]] = []
     for number, added in enumerate(sets(trial, folder)):
         option = replace(trial, rooms={**trial.rooms, **added})
-        refused = [f"{name}: {reason}" for name in option.rooms if (reason := refusal(name, option.rooms, trial.facts))]
-        if refused:
+        reasons = [f"{name}: {reason}" for name in option.rooms if (reason := refusal(name, option.rooms, trial.facts))]
+        if reasons:
             together = words({name: type(section)() for name, section in added.items()})
-            rejected.setdefault(words(added) if together in rejected and rejected[together] != refused[0] else together, refused[0])
+            rejected.setdefault(words(added) if together in rejected and rejected[together] != reasons[0] else together, reasons[0])
             continue
         if free:
             option = largest_micro_batch(option)[0]
-        ledger = option.ledger()
+        ledger, exact = option.ledger(), refused.get(words(added))
+        if exact is not None:
+            rejected[words(added)] = f"planned to the byte: {exact.what}" + (f", {exact.needs:,} bytes are the least" if exact.needs else "")
+            near.append(((max(0, exact.needs - room(option.hardware)), number), option, added))
+            continue
         if fits(ledger, option.hardware):
             fitting.append(((len(added), seconds(ledger, option), ledger.moved()), option, added))
             continue
@@ -77,7 +86,8 @@ def choose(trial: Trial, free: bool, folder: str, seconds: Callable[[Ledger, Tri
     if not fitting:
         _, option, added = min(near, key=lambda found: found[0])
         others = tuple(pair for pair in rejected.items() if pair[0] != words(added))
-        return option, Choice(added, "nothing fits; this comes nearest", others, _least(option.ledger(), option))
+        least = f"memory.device={refused[words(added)].needs}B" if words(added) in refused else _least(option.ledger(), option)
+        return option, Choice(added, "nothing fits; this comes nearest", others, least, fits=False)
     best = min(fitting, key=lambda found: found[0])
     slower = [(words(added), _slower(key, best[0])) for key, _, added in fitting if added is not best[2]]
     return best[1], Choice(best[2], f"{_needs(best[1].ledger(), best[1])}; at least {best[0][1]:.3g} s a step", (*rejected.items(), *slower))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lilliput.base.errors import DoesNotFit
 from lilliput.base.facts import Facts
 from lilliput.base.hardware import DeviceSpec, Hardware
 from lilliput.base.job import Job
@@ -73,6 +74,11 @@ class Estimate(Fit):
     choice: Choice | None = None  # where the job said how much memory it may use
 
     @property
+    def fits(self) -> bool:
+        """As every estimate has it; not where a plan to the byte has refused every set of sections."""
+        return super().fits and (self.choice is None or self.choice.fits)
+
+    @property
     def step_flops(self) -> float:
         """The model's own arithmetic of one optimizer step, forward and backward, nothing recomputed: what MFU counts."""
         return self.ledger.terms["forward"].flops + self.ledger.terms["backward"].flops
@@ -122,8 +128,8 @@ class ServingEstimate(Fit):
         return self.site.sequences / max(spent.values()) if spent else None
 
 
-def estimate_training(job: Job, facts: Facts, hardware: Hardware) -> Estimate:
-    """The cost of a job on one device of `hardware`; an `auto` micro-batch becomes the largest that fits.
+def estimate_training(job: Job, facts: Facts, hardware: Hardware, refused: Mapping[str, DoesNotFit] | None = None) -> Estimate:
+    """The cost of a job on one device of `hardware`; an `auto` micro-batch becomes the largest that fits. refused: as plan.choose takes it.
 
     UserError when the job's device is not there or the model cannot be planned. Not fitting is an answer, not an error.
     """
@@ -134,7 +140,7 @@ def estimate_training(job: Job, facts: Facts, hardware: Hardware) -> Estimate:
     )
     if machine.limits:
         seconds = lambda ledger, option: max(lanes(ledger, machine, option.dtype).values(), default=0.0)
-        trial, choice = choose(trial, given == "auto", job.memory.disk, seconds)
+        trial, choice = choose(trial, given == "auto", job.memory.disk, seconds, refused)
     if given == "auto":
         trial, reason = largest_micro_batch(trial)
     ledger = training_ledger(facts, trial.site, trial.rooms, trial.dtype, trial.micro_batches)
