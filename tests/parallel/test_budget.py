@@ -10,7 +10,7 @@ from rigs import make_rig, random_batch
 
 from lilliput.base.errors import DoesNotFit
 from lilliput.base.job import Job
-from lilliput.base.show import Show
+from lilliput.base.show import Show, size
 from lilliput.loops.train import train
 from lilliput.memory.plan import MemoryPlan
 from lilliput.models.sizes import PRESETS
@@ -104,7 +104,7 @@ def test_pages_on_the_host_are_no_bytes_of_the_device() -> None:
     assert all(50_000 <= evicted < 50_000 + largest for evicted in told), told
 
 
-def test_a_run_writes_what_it_measured(tmp_path: Path) -> None:
+def test_a_run_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
     data = {"path": str(tmp_path / "text.txt"), "tokenizer": "bytes", "sequence": 64}
     settings = {"init": "scratch", "tokens_per_step": 128, "micro_batch": 2, "eval_tokens": 64}
@@ -114,3 +114,7 @@ def test_a_run_writes_what_it_measured(tmp_path: Path) -> None:
         plan = MemoryPlan.from_json((tmp_path / "run" / "memory.json").read_text())
         assert plan.budget == {"device": 100_000_000, "host": 1_000_000_000} and plan.rates["host read"] > 1e8
         assert plan.measured["device"] == plan.predicted["bytes"] and plan.planner == "keep everything" and plan.predicted["seconds"] > 0
+        grown = plan.measured["process"] - plan.measured["process before"]
+        assert plan.measured["process before"] > 50e6 and 0 < grown < 1e9, "resident bytes of the whole process beside the tensors"
+        said = capsys.readouterr().err
+        assert f"most bytes: device {size(int(plan.measured['device']))}, process {size(int(plan.measured['process']))}" in said

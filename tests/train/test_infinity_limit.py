@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from rigs import make_rig, random_batch
+from lilliput.base import hardware
 from lilliput.memory.meter import Meter
 from lilliput.models.spec import DecoderSpec
 from lilliput.train.infinity import Infinity
@@ -32,6 +33,7 @@ tiny = make_rig({}, **shape)
 tiny.step(random_batch(64, micros=1, **shape), 1e-2, 0)  # libraries are loaded now
 count = sum(int(torch.tensor(s).prod()) for s in spec.shapes().values())
 if folder:
+    assert hardware.few_holes(BUDGET) is None
     there = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
     resource.setrlimit(resource.RLIMIT_DATA, (there + BUDGET * 115 // 100,) * 2)
 begin = time.perf_counter()
@@ -58,10 +60,9 @@ if folder:
 
 
 
-
 def trained(folder: Path | None, *numbers: int, timeout: float) -> tuple[list[str], str]:
     """Losses and norms in hexadecimal, and what was said, of a run of its own. numbers: layers, width, inner width, budget, steps."""
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", RUN, str(folder or ""), *map(str, numbers)]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)

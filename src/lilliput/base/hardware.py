@@ -225,6 +225,43 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def few_holes(budget: int) -> str | None:
+    """Have each block above a 256th of the budget (64 KiB to 1 MiB) given back to the system when it is freed, for good, so that a limit on data
+    (RLIMIT_DATA) of the budget and 15 % holds. None, or why it cannot be done.
+
+    Else glibc's heap keeps blocks of up to 32 MiB as holes that such a limit counts. Costs 9 to 35 % of a step's time in fresh pages (benchmarks/memory.md).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return "the C library is not glibc: it has no mallopt"
+    threshold = min(max(budget >> 8, 1 << 16), 1 << 20)
+    return None if mallopt(M_MMAP_THRESHOLD, threshold) and mallopt(M_TRIM_THRESHOLD, threshold) else "mallopt refused the thresholds"
+
+
+def data_limit() -> int | None:
+    """Bytes of RLIMIT_DATA; None where there is no limit."""
+    try:
+        import resource
+    except ImportError:  # not Unix
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def resident_bytes(root: Path = ROOT) -> int:
+    """Bytes of this process that are in memory now."""
+    if statm := _read(root / "proc/self/statm"):
+        return int(statm.split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import psutil  # not Linux
+
+    resident: int = psutil.Process().memory_info().rss
+    return resident
+
+
 def _sized(table: Mapping[str, Any], **fixed: Any) -> dict[str, Any]:
     """Device keywords from a TOML table: memory is in bytes; a declared device is all free."""
     flops = {k: float(v) for k, v in table.get("flops", {}).items()}

@@ -23,7 +23,7 @@ from lilliput.base.errors import DoesNotFit, UserError
 from lilliput.base.hardware import Hardware
 from lilliput.base.job import Job
 from lilliput.base.seeds import key
-from lilliput.base.show import Show
+from lilliput.base.show import Show, size
 from lilliput.loops.schedule import learning_rate
 from lilliput.ops import native
 
@@ -67,17 +67,15 @@ def train(job: Job, out: Path, show: Show) -> TrainResult:
         if finished and finished["steps"] >= job.train.steps:
             show.line(f"{out} is finished ({finished['steps']} steps); raise train.steps to go on, or choose another out folder")
             return TrainResult(**finished)
-        loop = _Loop(job, run, show)
-        loop.prepare(spec, source)
-        try:
+        with ExitStack() as around:
+            loop = _Loop(job, run, show, around)
+            loop.prepare(spec, source)
             loop.resume()
             result = loop.run_steps()
             if not result.interrupted:
                 loop.export()
                 run.finish(asdict(result))
             return result
-        finally:
-            loop.rig.close(loop.rig)
 
 
 def flat(job: Job) -> dict[str, str]:
@@ -95,8 +93,8 @@ def refuse_changes(folder: Path, saved: Mapping[str, str], now: Mapping[str, str
 class _Loop:
     """The state of one run between its phases."""
 
-    def __init__(self, job: Job, run: records.Run, show: Show) -> None:
-        self.job, self.run, self.show = job, run, show
+    def __init__(self, job: Job, run: records.Run, show: Show, around: ExitStack) -> None:
+        self.job, self.run, self.show, self.around = job, run, show, around
         self.pinned = run.folder / "rooms.json"  # what was chosen when the run began
         self.start = 0
 
@@ -120,11 +118,22 @@ class _Loop:
         self.spec, self.lineage = spec, checkpoint
         self.micro, self.estimate = self._plan(spec, data.sequence)
         self.stream, self.held = self._open(open_data, data, spec.context)
+        self._count()
         self.rig = self._fitted(spec, checkpoint, data.sequence)
+        self.around.callback(self.rig.close, self.rig)
         self.identity = self._identity(spec)
         self._write_plans()
         if self.rig.plan is not None:
             self.show.line(f"memory: {self.rig.plan.planner} ({self.run.folder / 'memory.json'})")
+
+    def _count(self) -> None:
+        """From here on to the end of the run, the bytes of the process or of the CUDA device."""
+        import torch
+
+        from lilliput.memory.outside import outside
+        from lilliput.models.load import pick_device
+
+        self.outside = self.around.enter_context(outside(torch.device(pick_device(self.job.top.device)), self.job.memory.bytes(), self.show.line))
 
     def _open(self, open_data: Any, data: Any, context: int) -> tuple[Any, Any]:
         with ExitStack() as stack:
@@ -221,9 +230,13 @@ class _Loop:
     def _identity(self, spec: DecoderSpec) -> dict[str, str]:
         return {**flat(self.job), "model": format(key(repr(spec)), "x"), "tokenizer": self.tokenizer.digest(), "micro_batch": str(self.micro)}
 
+    def _counted(self) -> dict[str, float]:
+        """The most bytes so far: of the whole process, and as the meter counted them where there is a budget."""
+        return {tier: float(peak) for tier, (_, peak) in self.rig.meter.tiers.items() if self.rig.meter.budget} | self.outside.figures()
+
     def _write_plans(self) -> None:
-        """The memory plans, with the most bytes that the meter has counted so far where the job has a budget."""
-        counted = {tier: float(peak) for tier, (_, peak) in self.rig.meter.tiers.items() if self.rig.meter.budget}
+        """The memory plans, with the most bytes so far."""
+        counted = self._counted()
         others = [plan for plan in self.rig.plans.values() if plan.trace != self.rig.plan.trace]
         for name, plan in zip(("memory.json", "memory-2.json"), (self.rig.plan, *others)):
             if plan is not None:
@@ -283,12 +296,14 @@ class _Loop:
                 if interrupted:
                     break
         self._write_plans()
+        if self.rig.meter.budget:
+            show.line(f"most bytes: {', '.join(f'{name} {size(int(count))}' for name, count in self._counted().items())}")
         if interrupted:
             show.line(f"stopped; saved after step {saved_at}. The same command goes on from there.")
         rows = [r["loss"] for r in self.run.read_metrics() if "loss" in r]
         return TrainResult(
             str(self.run.folder), done, rows[0] if rows else None, rows[-1] if rows else None, before, after,
-            tokens / computing if computing else 0.0, peak_bytes(), interrupted, self.start,
+            tokens / computing if computing else 0.0, self.outside.peak, interrupted, self.start,
         )  # fmt: skip
 
     def _event(self, step: int, sums: Any, rate: float, spent: float, average: float) -> dict[str, Any]:
@@ -297,7 +312,7 @@ class _Loop:
         return {
             "step": step, "loss": sums.mean, "grad_norm": sums.norm, "lr": rate, "targets": sums.weight,
             "tokens_per_second": per_second, "mfu": self.estimate.step_flops / spent / peak if peak else None,
-            "eta_seconds": average * (self.job.train.steps - step), "peak_bytes": peak_bytes(), "seconds": spent, **sums.told,
+            "eta_seconds": average * (self.job.train.steps - step), "peak_bytes": self.outside.peak, "seconds": spent, **sums.told,
         }  # fmt: skip
 
     def _evaluate(self, step: int) -> float | None:
@@ -382,14 +397,3 @@ def stoppable() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def peak_bytes() -> int:
-    """Largest memory of this process so far: of the CUDA allocator where there is one, else resident bytes."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
