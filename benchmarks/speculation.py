@@ -73,7 +73,7 @@ def acceptance(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
         alpha = 0.0
         for gamma in (1, 2, 4, 8):
             engine = lilliput.load(args.model, runner="native", draft=args.draft, sharing=False).engine
-            engine.guesses.control.gamma = lambda sequences, gamma=gamma: gamma
+            engine.guesses.control.fixed = gamma
             seen: list[int] = []  # accepted guesses of each pass with gamma of them
             engine.guesses.control.observe = lambda proposed, accepted, seen=seen, gamma=gamma: seen.append(accepted) if proposed == gamma else None
             for at in range(0, args.answers, 16):

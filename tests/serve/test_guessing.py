@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ def near(model: Decoder) -> Decoder:
 def always(engine: Engine, gamma: int = 4) -> Engine:
     """The controller asks for gamma guesses whatever it has seen."""
     assert engine.guesses is not None
-    engine.guesses.control.gamma = lambda sequences: gamma  # type: ignore[method-assign]
+    engine.guesses.control.fixed = gamma
     return engine
 
 
@@ -88,6 +89,40 @@ def test_a_drafter_that_is_the_model_is_always_right_when_sampled() -> None:
     stats = engine.stats()
     assert all(len(one.tokens) == 41 for one in done)
     assert stats.accepted == stats.drafted == 4 * 30, "one token after the prompt, then ten steps of three guesses and one more"
+
+
+LATE: list[dict[str, Any]] = [{}, dict(max_batch_tokens=9), dict(kv_tokens=320, preemption="recompute"), dict(kv_tokens=320, preemption="swap", swap_tokens=1024)]
+
+
+@needs_native
+@pytest.mark.parametrize("settings", LATE, ids=str)
+def test_a_drafter_reads_late_what_it_has_not_read(settings: dict[str, Any]) -> None:
+    """Guesses come and go while answers lose and regain their blocks, find those of others, and fork: they are what the drafter says by itself."""
+    model, rng, seen = model_of("llama"), random.Random(3), []
+    other = near(model)
+    engine = engine_of(lowered(model), draft=lowered(other), **settings)
+    assert engine.guesses is not None
+    control, drafter, fill = engine.guesses.control, engine.guesses.drafter, engine.guesses.drafter.fill
+
+    def watched(chunks: Any, draw: Any) -> Any:
+        assert control.fixed, "where nothing is guessed nothing is read"
+        made = fill(chunks, draw)
+        seen.extend(([*drafter._tokens[chunk.id]], [*chunk.ids[-chunk.draft :]]) for chunk in chunks if chunk.draft)  # type: ignore[attr-defined]
+        return made
+
+    drafter.fill = watched  # type: ignore[method-assign]
+    prompts = [(ids * 3)[:60] for ids in prompts_of(4)]
+    for n in (1, 3):
+        for ids in (*prompts, *prompts):
+            engine.add(ids, Sampling(40, n=n, ignore_eos=True))
+        while engine.busy:
+            control.fixed = rng.choice([0, 0, 0, 2, 4])
+            engine.step()
+    stats, alone = engine.stats(), engine_of(lowered(other))
+    assert stats.drafted > stats.accepted > 20
+    for tokens, guesses in rng.sample(seen, 40):
+        assert list(alone.generate([tokens], Sampling(len(guesses), ignore_eos=True))[0].tokens) == guesses
+    assert "preemption" not in settings or stats.preempted_swap + stats.preempted_recompute > 0
 
 
 def test_sampled_guesses_of_another_model_keep_the_distribution() -> None:

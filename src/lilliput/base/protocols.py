@@ -116,7 +116,10 @@ class KVPolicy(Protocol):
 
 
 class Drafter(Protocol):
-    """Guesses tokens for speculation. `plan` before blocks are given out, `fill` after that, since a model that guesses needs blocks too."""
+    """Guesses tokens for speculation. `plan` before blocks are given out, `fill` after that, since a model that guesses needs blocks too.
+    Neither is called at steps where nothing is guessed. `late`: whether the last `fill` read much that it will not read again."""
+
+    late: bool
 
     def plan(self, id: int, tokens: Sequence[int], gamma: int) -> list[int]:
         """At most gamma ids that may follow the known tokens of sequence `id`, or as many places for `fill`."""
@@ -124,10 +127,6 @@ class Drafter(Protocol):
 
     def fill(self, chunks: Sequence[Any], draw: Callable[[int, int], Any]) -> dict[int, Any]:
         """Write guesses into the chunks that have places. Sequence -> q [gamma, vocab] where they were drawn and are not certain."""
-        ...
-
-    def move(self, moves: Any) -> None:
-        """Blocks are copied or swapped."""
         ...
 
     def forget(self, id: int) -> None:

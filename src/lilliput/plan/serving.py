@@ -5,7 +5,7 @@
                 share of it, where several replicas are on this machine)
     swap        serve.swap_tokens beside it
     adapters    serve.max_adapters of them, each as large as the largest that lies in serve.adapters; as narrow as ops/low_rank.py keeps them
-    draft       a model that guesses: its weights, and a cache and swap space of as many tokens; other drafters read what is there
+    draft       a model that guesses: its weights, and a cache of as many tokens; other drafters read what is there
     embeddings  http.embeddings of a decoder: its weights once more, as the eager runner holds them
     a step      activations of one block for a full step, an upper bound
 """
@@ -121,7 +121,7 @@ def memory_plan(job: Job, free: int, device: str = "cpu", times: int = 1) -> tup
     draft_block = 0
     if serve.draft and serve.draft.partition(":")[0] not in registry.names("drafter"):
         kept, draft_block, how = _draft(serve, device)
-        cache = draft_block * (blocks + swapped)
+        cache = draft_block * blocks
         more["draft"] = kept + cache, f"{serve.draft}: weights {size(kept)} as {how}, cache {size(cache)}"
     if job.http.embeddings != "off":
         more["embeddings"] = about.parameters * ELEMENT[dtype], f"{about.parameters:,} parameters as {dtype}, from the first request on"

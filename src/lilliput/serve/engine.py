@@ -96,7 +96,7 @@ class Engine:
         blocks = self.pool.total
         self.runner: Runner = runner_of(model, blocks, kv, swap)
         self.adapters = Adapters(model.spec, self.runner.lower, max_adapters)
-        self.guesses = Speculation(draft, guesses, Place(model, self.runner, blocks, swap, kv, self.context)) if draft else None
+        self.guesses = Speculation(draft, guesses, Place(model, self.runner, blocks, kv, self.context)) if draft else None
         self.costs = Costs(self.pool, self.runner, preemption, swap.host, step_ms / 1000)
         self.scheduler = Scheduler(self.pool, max_batch_tokens, choose=self.costs.choose, pace=self.costs.pace if step_ms else None,
                                    batching=batching, reserve=reserve, window=self.policy.size)  # fmt: skip
@@ -166,7 +166,7 @@ class Engine:
         start = time.perf_counter()
         self._move()  # what a step that broke off has left
         if self.guesses:
-            self.guesses.plan(self._answering())
+            self.guesses.plan(self.scheduler.running, bool(self.scheduler.waiting), self._room)
         chunks = together(self.scheduler.schedule())
         self._move()
         deltas: list[Delta] = []
@@ -182,9 +182,10 @@ class Engine:
             self.counts.step(chunks, new, seconds)
             if self.retention:
                 self.retention.ended(chunks, mass, [self.scheduler.find(chunk.id) if chunk.id in self._answers else None for chunk in chunks])
+            rows = sum([chunk.stop - chunk.start for chunk in chunks])
             if self.guesses:
-                self.guesses.took(chunks, [count - 1 for count in new], seconds)
-            self.costs.step(sum(chunk.stop - chunk.start for chunk in chunks), seconds)
+                self.guesses.took(chunks, new, rows, seconds)
+            self.costs.step(rows, seconds)
         deltas, self._notes = self._notes + deltas, []
         return deltas
 
@@ -232,8 +233,6 @@ class Engine:
     def _move(self) -> None:
         if self.scheduler.moves:
             self.runner.move(self.scheduler.moves)
-            if self.guesses:
-                self.guesses.move(self.scheduler.moves)
             self.scheduler.moves = Moves()
 
     def _begin(self, chunks: list[Chunk], now: float) -> None:
@@ -242,15 +241,11 @@ class Engine:
             request = self._answers[chunk.id].request
             request.begun = request.begun or now
 
-    def _answering(self) -> list[tuple[Seq, int]]:
-        """Sequences that may be guessed for, each with the tokens that it may have after the next."""
-        found = []
-        for group in self.scheduler.running:
-            for seq in group.seqs:
-                answer = self._answers[seq.id]
-                if seq.missing == 1 and not seq.parked and not answer.request.looks_back and answer.request.search is None:
-                    found.append((seq, answer.request.limit - len(answer.tokens) - 1))
-        return found
+    def _room(self, seq: Seq) -> int:
+        """Tokens that a sequence may have after its next; 0 where it is not to be guessed for."""
+        answer = self._answers[seq.id]
+        request = answer.request
+        return 0 if request.looks_back or request.search is not None else request.limit - len(answer.tokens) - 1
 
     def _sample(self, chunks: list[Chunk], logits_NV: Tensor) -> dict[int, list[ops.Choice | str]]:
         """Sequence -> what was chosen, or why nothing could be: one token, and one more after each guess. Prompt tokens are scored where asked for."""

@@ -9,13 +9,16 @@ Two ways to judge, both exact:
                                      It is the same rule (accepted with p(x), what is drawn else is p without x), and with the same
                                      random numbers it gives the very tokens that would have come without guesses.
 p and q are after temperature, top-k, top-p and min-p. `Controller` picks gamma from what was accepted and what a step took.
-When not: large batches, where rows cost what they cost; the controller then stops guessing.
+When not: large batches, where rows cost what they cost; the controller then rests.
 
 Leviathan, Kalman & Matias 2023, arXiv 2211.17192, sections 2.3, 3.1 to 3.5, appendix A.1.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,8 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lilliput.ops.sampling import Choice, Draw
-    from lilliput.serve.runners.mover import Swap
-    from lilliput.serve.scheduler import Chunk, Moves, Seq
+    from lilliput.serve.scheduler import Chunk, Group, Seq
 
 
 def expected_tokens(alpha: float, gamma: int) -> float:
@@ -81,84 +83,107 @@ def judge(p_NGV: Tensor, q_NGV: Tensor, guesses_NG: Tensor, accept_NG: Tensor, d
 
 
 class Controller:
-    """How many tokens to guess next: the gamma with the most expected tokens a second, 0 when none wins by `margin`.
+    """How many tokens to guess next: the gamma with the most expected tokens a second; where none wins by `margin`, nothing but rare trials.
 
-    What it knows is measured: the share of guesses that are accepted (recent ones count more) and the seconds of a step by its
-    number of rows. While it guesses nothing it tries again after `patience` steps, then after twice as many and so on, and not at all
-    where even perfect guesses would not pay. While it guesses it takes one plain step in `patience`, since contexts grow.
+    What it knows is measured: the share of guesses that are accepted (of the last ones), the seconds of a step without guesses by its number of
+    sequences, and the seconds that a guess adds to it, drafting included.
+
+    What it may cost is bounded. A run of steps with guesses counts what it lost: its seconds, less those in which plain steps had given its tokens.
+    It begins with trials of one guess, goes on while it loses nothing (at most LIMIT steps where the estimates say that it pays), and is followed by a
+    rest in which `share` of the time pays for what was lost. A rest costs nothing: nobody guesses, reads ahead or looks anything up.
     """
 
-    FORGET = 0.97  # weight of the past at each observation
+    WINDOW = 24  # guesses that the acceptance is the mean of
     PRIOR = (0.6, 4.0)  # acceptance at the start, and how many guesses that is worth
-    TRY = 2
+    SEEN, HELD = 5, 9  # steps that what one takes is the median of, at least and at most: the first are slow, and a lost core is no news
+    LIMIT, CREDIT = 4, 8  # plain steps that a run may lose, and that it may have won before
+    FRESH = 32  # steps with guesses after which a plain one is measured again: contexts grow
+    SPREAD = 64  # steps over which what a drafter had to read at first is paid
 
-    def __init__(self, most: int = 8, margin: float = 1.05, patience: int = 128) -> None:
-        self.most, self.margin, self.patience = most, margin, patience
+    def __init__(self, most: int = 8, margin: float = 1.05, share: float = 0.01, fixed: int | None = None) -> None:
+        """`fixed`: so many guesses, whatever is known."""
+        self.most, self.margin, self.share, self.fixed = most, margin, share, fixed
         self.proposed = self.accepted = 0  # over all
         self._good, self._tried = self.PRIOR[0] * self.PRIOR[1], self.PRIOR[1]
-        self._seconds: dict[int, float] = {}
-        self._since, self._wait = 0, patience  # steps since the last change between guessing and not, and until the next trial
+        self._plain: dict[int, deque[float]] = {}  # sequences -> seconds of the last steps without guesses
+        self._guess: dict[int, deque[float]] = {}  # sequences -> seconds that each guess added to the last steps with some
+        self._rest = self._lost = self._owed = self._part = 0.0  # seconds; owed: not counted as lost yet, a part of it at each step
+        self._since = 0  # steps with guesses since the last without
+        self._pays = False
 
     @property
     def alpha(self) -> float:
         """The recent probability that a guess is accepted when those before it were."""
         return self._good / self._tried
 
+    @property
+    def rests(self) -> bool:
+        """Whether nothing is to be guessed now."""
+        return self.fixed is None and self._rest > 0
+
     def observe(self, proposed: int, accepted: int) -> None:
         """Of one sequence in one step: guesses after the first wrong one say nothing."""
-        if not proposed:
-            return
+        judged = min(accepted + 1, proposed)
+        kept = (1 - 1 / self.WINDOW) ** judged
         self.proposed, self.accepted = self.proposed + proposed, self.accepted + accepted
-        self._good = self.FORGET * self._good + accepted
-        self._tried = self.FORGET * self._tried + min(accepted + 1, proposed)
-
-    def took(self, rows: int, seconds: float) -> None:
-        """A step of so many rows, guesses included, took so long."""
-        known = self._seconds.get(rows)
-        self._seconds[rows] = seconds if known is None else 0.8 * known + 0.2 * min(seconds, 3 * known)  # a lost core is no news
-
-    def seconds(self, rows: int) -> float | None:
-        """What a step of so many rows takes: measured, or on the line through the two nearest that were; None where neither is there."""
-        if rows in self._seconds:
-            return self._seconds[rows]
-        if len(self._seconds) < 2:
-            return None
-        low, high = sorted(sorted(self._seconds, key=lambda n: abs(n - rows))[:2])
-        slope = max(0.0, (self._seconds[high] - self._seconds[low]) / (high - low))
-        return max(1e-9, self._seconds[low] + slope * (rows - low))
+        self._good, self._tried = kept * self._good + accepted, kept * self._tried + judged
 
     def gamma(self, sequences: int) -> int:
         """Guesses for each of so many sequences that answer now."""
-        if self.most == 0:
+        if self.fixed is not None:
+            return self.fixed
+        seen = self._plain.get(sequences, ())
+        if self.rests or len(seen) < self.SEEN or self._since >= self.FRESH:
             return 0
+        price = self._price(sequences) / statistics.median(seen)
+        best = max(range(1, self.most + 1), key=lambda g: expected_tokens(self.alpha, g) / (1 + price * g))
+        self._pays = bool(self._guess) and expected_tokens(self.alpha, best) >= self.margin * (1 + price * best)
+        return best if self._pays else 1
+
+    def passed(self, seconds: float) -> None:
+        """A step that says nothing of what guesses cost."""
+        self._rest -= seconds
+
+    def plain(self, sequences: int, seconds: float) -> None:
+        """A step without guesses, nor a look for any."""
+        self._rest -= seconds
+        self._since = 0
+        self._plain.setdefault(sequences, deque(maxlen=self.HELD)).append(seconds)
+
+    def guessed(self, sequences: int, guesses: int, tokens: int, seconds: float, late: bool = False) -> None:
+        """A step of so many sequences with so many guesses gave so many tokens. `seconds`: of the looking alone, where nothing was found to guess.
+        `late`: the drafter had much to read before, which it will not read again."""
         self._since += 1
-        plain, trial = self.seconds(sequences), min(self.TRY, self.most)
-        if plain is None:
-            return 0
-        if self.seconds(sequences * (1 + trial)) is None:
-            return trial
-        times = {g: self.seconds(sequences * (1 + g)) or plain for g in range(1, self.most + 1)}
-        best = max(times, key=lambda g: expected_tokens(self.alpha, g) / times[g])
-        if expected_tokens(self.alpha, best) / times[best] * plain >= self.margin:
-            self._wait = self.patience
-            if self._since >= self.patience:
-                self._since = 0
-                return 0
-            return best
-        if self._since < self._wait or all((g + 1) / times[g] * plain < self.margin for g in times):
-            return 0
-        self._since, self._wait = 0, 2 * self._wait
-        return trial
+        if sequences not in self._plain:
+            return
+        plain = statistics.median(self._plain[sequences])
+        if guesses and not late:
+            seconds = min(seconds, 3 * (plain + self._price(sequences) * guesses / sequences)) if self._guess else seconds
+            self._guess.setdefault(sequences, deque(maxlen=self.HELD)).append(max(0.0, seconds - plain) / guesses)
+        lost = seconds - plain * tokens / sequences if guesses else seconds
+        if late:
+            self._owed, lost = self._owed + lost, 0.0
+            self._part = self._owed / self.SPREAD
+        part = min(self._part, self._owed)
+        self._owed -= part
+        self._lost = max(self._lost + lost + part, -self.CREDIT * plain if self._pays else 0.0)
+        if self._lost > (self.LIMIT * plain if self._pays or self._owed else 0):
+            self._rest, self._lost, self._owed = (self._lost + self._owed) / self.share, 0.0, 0.0
+
+    def _price(self, sequences: int) -> float:
+        """Seconds that a guess for each of so many sequences adds to a step, by what it was for as many, or nearly; 0 where it is not known."""
+        if not self._guess:
+            return 0.0
+        return sequences * statistics.median(self._guess[min(self._guess, key=lambda n: abs(n - sequences))])
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a drafter may use: the model, its runner, the blocks of its cache and its swap space, and how long a request may be."""
+    """What a drafter may use: the model, its runner, the blocks of its cache, and how long a request may be."""
 
     model: Any
     runner: Any
     blocks: int
-    swap: Swap
     kv: str
     context: int
 
@@ -172,16 +197,26 @@ class Speculation:
         self.drafter: Drafter = registry.find("drafter", name)(argument, place)
         self.control = Controller(most)
         self._q: dict[int, Tensor] = {}
+        self._tries, self._looking = False, 0.0  # whether the step may have guesses, and the seconds that looking for them took
 
-    def plan(self, answering: Sequence[tuple[Seq, int]]) -> None:
-        """Set the drafts of the sequences that answer now; each beside the tokens that it may have after the next."""
-        gamma = self.control.gamma(len(answering)) if answering else 0
-        for seq, room in answering:
-            seq.draft = self.drafter.plan(seq.id, seq.tokens, min(gamma, room)) if gamma and room > 0 else []
+    def plan(self, running: Sequence[Group], waiting: bool, room: Callable[[Seq], int]) -> None:
+        """Set the drafts of the sequences that answer now. `room`: tokens that one may have after its next; 0: it is not to be guessed for.
+        Beside prompts nothing is guessed: rows cost there what they cost, and somebody waits."""
+        self._tries, start = False, time.perf_counter()
+        if self.control.rests:
+            return
+        seqs = [seq for group in running for seq in group.seqs if seq.missing and not seq.parked]
+        if not seqs or (self.control.fixed is None and (waiting or any(seq.missing > 1 for seq in seqs))):
+            return
+        gamma = self.control.gamma(len(seqs))
+        for seq in seqs if gamma else ():
+            most = min(gamma, room(seq)) if seq.missing == 1 else 0
+            seq.draft = self.drafter.plan(seq.id, seq.tokens, most) if most > 0 else []
+        self._tries, self._looking = gamma > 0, time.perf_counter() - start
 
     def fill(self, chunks: Sequence[Chunk], draw: Callable[[int, int], Draw]) -> None:
         """Complete the guesses in the chunks."""
-        self._q = self.drafter.fill(chunks, draw)
+        self._q = self.drafter.fill(chunks, draw) if self._tries else {}
 
     def judge(self, chunk: Chunk, draws: Sequence[Draw], logits_NV: Tensor) -> list[Choice] | None:
         """What follows where the guesses were drawn from a distribution; None where they are certain. One draw and row a guess, and one more."""
@@ -201,16 +236,19 @@ class Speculation:
         tokens = [*guesses[:last].tolist(), int(token[0])]
         return [Choice(token, float(logits_NV[i, token]) - totals[i], totals[i]) for i, token in enumerate(tokens)]
 
-    def took(self, chunks: Sequence[Chunk], accepted: Sequence[int], seconds: float) -> None:
-        """A step has ended: how many guesses of each chunk were accepted. Steps with prompts say nothing of what a guess costs."""
-        for chunk, count in zip(chunks, accepted):
-            self.control.observe(chunk.draft, count)
-        if not any(chunk.prompt for chunk in chunks):
-            self.control.took(sum(chunk.stop - chunk.start for chunk in chunks), seconds)
-
-    def move(self, moves: Moves) -> None:
-        """What happens to blocks happens to the drafter's."""
-        self.drafter.move(moves)
+    def took(self, chunks: Sequence[Chunk], new: Sequence[int], rows: int, seconds: float) -> None:
+        """A step of so many rows has ended: how many tokens each chunk's sequence has got."""
+        guesses = 0
+        for chunk, count in zip(chunks, new) if self._tries else ():
+            if chunk.draft:
+                guesses += chunk.draft
+                self.control.observe(chunk.draft, count - 1)
+        if rows - guesses != len(chunks):  # it read prompts
+            self.control.passed(seconds)
+        elif not self._tries:
+            self.control.plain(len(chunks), seconds)
+        else:
+            self.control.guessed(len(chunks), guesses, sum(new), seconds if guesses else self._looking, self.drafter.late)
 
     def forget(self, id: int) -> None:
         """The sequence has ended."""

@@ -1,7 +1,8 @@
 """A model guesses: a smaller one of the same vocabulary, or the first layers of the model itself.
 
-    a model   a cache of its own over the same blocks: whatever the scheduler does to a block, it does to both, so found prefixes, swaps
-              and copies need no care. It reads every chunk that the model reads. Memory: its weights, and its keys and values a token.
+    a model   a cache of its own over the same blocks. It reads a sequence when something is to be guessed for it, all that it has not read in the
+              blocks that the sequence has now: who guesses nothing pays nothing. What is read twice (blocks that others have read, or that were
+              swapped) is written with the same numbers. Memory: its weights, and its keys and values a token.
     layers:N  the first N layers, then the head: their keys and values are the model's own, in the model's own cache, and the pass that
               judges writes the same numbers again. No memory; but a model that was not trained to stop early guesses badly.
 
@@ -12,42 +13,58 @@ Leviathan et al. 2023, arXiv 2211.17192, section 2.1; Zhang et al. 2024, arXiv 2
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lilliput.base.errors import UserError
+from lilliput.serve.speculative import matched
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lilliput.ops.sampling import Draw
     from lilliput.serve.adapters import Adapter
-    from lilliput.serve.scheduler import Chunk, Moves
+    from lilliput.serve.scheduler import Chunk
     from lilliput.serve.speculative import Place
 
 DrawOf = Callable[[int, int], "Draw"]  # sequence, position -> how its token is drawn
+
+
+READ = 512  # tokens of a sequence that are read at once
+
+
+class Read(NamedTuple):
+    """What a model with a cache of its own has read of a sequence: `upto` tokens, then guesses (all but the last of them). `table`: where. A sequence that
+    loses its blocks gets another table; in one, blocks are only added (the one that a fork copies was copied before the first guess)."""
+
+    upto: int
+    guesses: Sequence[int]
+    table: array[int]
 
 
 class ByModel:
     """Guesses by running a model ahead. `forward` gives the logits of the rows that chunks want; `own`: it has a cache of its own to keep."""
 
     def __init__(self, forward: Callable[[Sequence[Chunk]], Tensor], own: bool) -> None:
-        self.forward, self.own = forward, own
-        self._last: dict[int, tuple[int, int]] = {}  # sequence -> position and id of its last guess, which this model has not read
+        self.forward, self.own, self.late = forward, own, False
+        self._tokens: dict[int, Sequence[int]] = {}  # sequence -> all its tokens that are known
+        self._read: dict[int, Read] = {}
 
     def plan(self, id: int, tokens: Sequence[int], gamma: int) -> list[int]:
         """Room for gamma guesses, which `fill` makes."""
+        self._tokens[id] = tokens
         return [0] * gamma
 
     def fill(self, chunks: Sequence[Chunk], draw: DrawOf) -> dict[int, Tensor]:
         """Write the guesses into the chunks. Sequence -> q [gamma, vocab] of those that are sampled."""
         guessed = [chunk for chunk in chunks if chunk.draft]
-        read = [self._known(chunk) for chunk in chunks if self.own or chunk.draft]
-        if not read or (not guessed and not self.own):
+        self.late = False
+        if not guessed:
             return {}
-        logits_NV, left = self.forward(read), guessed
+        logits_NV, left = self.forward([self._known(chunk) for chunk in guessed]), guessed
         rows: dict[int, list[Tensor]] = {}
-        for step in range(max((chunk.draft for chunk in guessed), default=0)):
+        for step in range(max(chunk.draft for chunk in guessed)):
             if step:
                 left = [chunk for chunk in left if chunk.draft > step]
                 logits_NV = self.forward([self._one(chunk, step) for chunk in left])
@@ -58,24 +75,34 @@ class ByModel:
                     rows.setdefault(chunk.id, []).append(q_V)
         import torch
 
-        for chunk in guessed:
-            self._last[chunk.id] = (chunk.stop - 1, chunk.ids[-1])
+        for chunk in guessed if self.own else ():
+            known = chunk.stop - chunk.draft
+            self._read[chunk.id] = Read(known, chunk.ids[-chunk.draft :], chunk.table)
         return {id: torch.stack(q) for id, q in rows.items()}
-
-    def move(self, moves: Moves) -> None:
-        """What happens to blocks; nothing where the cache is the model's own."""
 
     def forget(self, id: int) -> None:
         """The sequence has ended."""
-        self._last.pop(id, None)
+        self._read.pop(id, None)
+        self._tokens.pop(id, None)
 
     def _known(self, chunk: Chunk) -> Chunk:
-        """Its known rows, and the guess before them that was accepted and not read yet."""
-        ids, start = list(chunk.ids[: len(chunk.ids) - chunk.draft]), chunk.start
-        position, token = self._last.pop(chunk.id, (-2, 0))
-        if self.own and position == start - 1:
-            ids, start = [token, *ids], position
-        return chunk._replace(start=start, stop=chunk.stop - chunk.draft, ids=ids, wants=min(1, chunk.draft), draft=0, adapter=self._adapter(chunk))
+        """Its known rows, and those before them that this model has not read; all but the last READ of them are read here."""
+        start, known = chunk.start, chunk.stop - chunk.draft
+        if self.own:
+            start = self._unread(chunk, self._tokens[chunk.id], known)
+            self.late |= known - start > 2 * chunk.draft + 2
+        read = chunk._replace(stop=known, wants=1, draft=0, adapter=self._adapter(chunk))
+        while known - start > READ:
+            self.forward([read._replace(start=start, stop=start + READ, ids=self._tokens[chunk.id][start : start + READ], wants=0)])
+            start += READ
+        return read._replace(start=start, ids=self._tokens[chunk.id][start:known] if self.own else chunk.ids[: known - start])
+
+    def _unread(self, chunk: Chunk, tokens: Sequence[int], known: int) -> int:
+        """The first token that it has not read where the sequence's blocks are now."""
+        if (read := self._read.get(chunk.id)) is None or read.table is not chunk.table:
+            return 0
+        right = matched(read.guesses, tokens[read.upto : read.upto + len(read.guesses)])
+        return min(read.upto + min(right, len(read.guesses) - 1), known - 1)
 
     def _adapter(self, chunk: Chunk) -> Adapter | None:
         """Another model has none of this one's adapters: it guesses as if there were none."""
@@ -128,9 +155,5 @@ class Model(ByModel):
         if mine.context < place.context:
             why = f"{mine.context:,} tokens beside {place.context:,}"
             raise UserError("the model that guesses has a shorter context", why, f"serve.context={mine.context}, or draft=ngram")
-        self.runner = runner_of(argument, place.blocks, place.kv, place.swap)
+        self.runner = runner_of(argument, place.blocks, place.kv)
         super().__init__(self.runner.forward, own=True)
-
-    def move(self, moves: Moves) -> None:
-        """The same for its cache."""
-        self.runner.move(moves)

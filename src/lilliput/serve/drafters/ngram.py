@@ -14,7 +14,7 @@ from lilliput.base.errors import UserError
 
 if TYPE_CHECKING:
     from lilliput.ops.sampling import Draw
-    from lilliput.serve.scheduler import Chunk, Moves
+    from lilliput.serve.scheduler import Chunk
     from lilliput.serve.speculative import Place
 
 
@@ -22,6 +22,7 @@ class NGram:
     """One index a sequence, grown as its text grows."""
 
     longest, shortest = 4, 2  # tokens of the ending that must have come before
+    late = False
 
     def __init__(self, argument: str, place: Place | None) -> None:
         """`argument`: none is taken. UserError for one."""
@@ -46,9 +47,6 @@ class NGram:
     def fill(self, chunks: Sequence[Chunk], draw: Callable[[int, int], Draw]) -> dict[int, object]:
         """Nothing is left to guess, and what was guessed is certain."""
         return {}
-
-    def move(self, moves: Moves) -> None:
-        """It has no cache."""
 
     def forget(self, id: int) -> None:
         """The sequence has ended."""
