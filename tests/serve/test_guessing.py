@@ -91,7 +91,9 @@ def test_a_drafter_that_is_the_model_is_always_right_when_sampled() -> None:
     assert stats.accepted == stats.drafted == 4 * 30, "one token after the prompt, then ten steps of three guesses and one more"
 
 
-LATE: list[dict[str, Any]] = [{}, dict(max_batch_tokens=9), dict(kv_tokens=320, preemption="recompute"), dict(kv_tokens=320, preemption="swap", swap_tokens=1024)]
+LATE: list[dict[str, Any]] = [
+    {}, dict(max_batch_tokens=9), dict(kv_tokens=320, preemption="recompute"), dict(kv_tokens=320, preemption="swap", swap_tokens=1024)
+]  # fmt: skip
 
 
 @needs_native
