@@ -97,6 +97,7 @@ def adam(show: Any, millions: int, threads: int, deepspeed: str) -> None:
     """One AdamW step over so many million numbers."""
     import torch
 
+    from lilliput.dist.link import lasting
     from lilliput.ops import native
     from lilliput.ops.adamw import Rule, update, update_master
 
@@ -108,8 +109,11 @@ def adam(show: Any, millions: int, threads: int, deepspeed: str) -> None:
     state = [(w.detach(), w.grad, torch.zeros_like(w), torch.zeros_like(w)) for w in matrices(millions)]
     narrow = [(w, g.bfloat16(), m, v, w.bfloat16()) for w, g, m, v in state]
     rule = Rule(KNOBS["lr"], KNOBS["betas"], KNOBS["eps"], KNOBS["weight_decay"], 3)
+    huge = [tuple(lasting(t.shape, t.dtype).copy_(t) for t in (*each, narrow[k][1], narrow[k][4])) for k, each in enumerate(state)]
     contenders["ours, fp32"] = timed(lambda: [update(w, g, m, v, rule, 0) for w, g, m, v in state])
     contenders["ours, fp32 masters, bf16 gradients in and weights out"] = timed(lambda: [update_master(*tensors, rule, 0.5) for tensors in narrow])
+    contenders["ours, fp32, where offload keeps it"] = timed(lambda: [update(w, g, m, v, rule, 0) for w, g, m, v, *_ in huge])
+    contenders["ours, masters, where offload keeps them"] = timed(lambda: [update_master(w, g16, m, v, w16, rule, 0.5) for w, _, m, v, g16, w16 in huge])
     if deepspeed:
         contenders |= {f"DeepSpeedCPUAdam, {kind}": asked(deepspeed, kind, millions, threads) for kind in ("fp32", "bf16")}
     found, count = interleaved(contenders), millions * 10**6 // ROW**2 * ROW**2

@@ -19,8 +19,10 @@ struct AdamwKernels {
   void (*fp32)(const AdamwStep& s, float* weight, const float* gradient, float* first, float* second, long count);
   // gradient bf16 too; `from`: index of the first number in its tensor
   void (*bf16)(const AdamwStep& s, uint16_t* weight, const uint16_t* gradient, float* first, float* second, long from, long count);
-  // gradient: bf16, or fp32 where `wide`; each is multiplied by `scale`. copy: the new weights in bf16, rounded to nearest even
-  void (*master)(const AdamwStep& s, float scale, float* weight, const void* gradient, bool wide, float* first, float* second, uint16_t* copy, long count);
+  // gradient: bf16, or fp32 where `wide`; each is multiplied by `scale`. copy: the new weights in bf16, rounded to nearest even; ahead: with what this
+  // update changed added once more
+  void (*master)(const AdamwStep& s, float scale, float* weight, const void* gradient, bool wide, float* first, float* second, uint16_t* copy, bool ahead,
+                 long count);
 };
 LILLIPUT_DISPATCH(AdamwKernels, adamw)
 

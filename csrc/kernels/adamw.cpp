@@ -74,16 +74,19 @@ LP_INLINE uint16_t nearest(float x) {
 
 constexpr int BLOCK = 256;  // numbers that stay in the first cache between the three loops, each of which the compiler vectorises
 
-void master(const AdamwStep& given, float scale, float* weight, const void* gradient, bool wide, float* first, float* second, uint16_t* copy, long count) {
+void master(const AdamwStep& given, float scale, float* weight, const void* gradient, bool wide, float* first, float* second, uint16_t* copy, bool ahead,
+            long count) {
   const AdamwStep s = given;
-  float g[BLOCK];
+  float g[BLOCK], before[BLOCK];
   for (long at = 0; at < count; at += BLOCK) {
     const int n = count - at < BLOCK ? int(count - at) : BLOCK;
     const uint16_t* narrow = static_cast<const uint16_t*>(gradient) + at;
     if (wide) for (int i = 0; i < n; i++) g[i] = static_cast<const float*>(gradient)[at + i] * scale;
     else for (int i = 0; i < n; i++) g[i] = bits_float(int32_t(uint32_t(narrow[i]) << 16)) * scale;
+    if (ahead) memcpy(before, weight + at, n * sizeof(float));
     for (int i = 0; i < n; i += W) step(s, weight + at + i, g + i, first + at + i, second + at + i, n - i < W ? n - i : W);
-    for (int i = 0; i < n; i++) copy[at + i] = nearest(weight[at + i]);
+    if (ahead) for (int i = 0; i < n; i++) copy[at + i] = nearest(weight[at + i] + (weight[at + i] - before[i]));
+    else for (int i = 0; i < n; i++) copy[at + i] = nearest(weight[at + i]);
   }
 }
 

@@ -112,7 +112,8 @@ def test_zero_offload_claim_holds_here():
     finding = index.find("zero-offload").run()
     assert finding.holds, finding.summary
     assert finding.summary == index.find("zero-offload").measured, "the table of `lilliput papers` tells another number"
-    assert [(row["link, bytes a parameter"], row["device, bytes a parameter"]) for row in finding.rows] == [(0, 16), (4, 14), (4, 4), (4, 2), (4, 2), (4, 2)]
+    found = [(row["link, bytes a parameter"], row["device, bytes a parameter"]) for row in finding.rows]
+    assert found == [(0, 16), (4, 14), (4, 4), (4, 2), (4, 2), (4, 2), (4.1, 2)]
 
 
 def test_qlora_claim_holds_here():

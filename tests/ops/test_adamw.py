@@ -88,25 +88,27 @@ def test_autograd_notices() -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("count", [1, 255, 4097, 50_001])
-def test_masters_get_the_plain_update_of_the_scaled_gradient_and_a_rounded_copy(count: int, wide: bool, level: str) -> None:
+def test_masters_get_the_plain_update_of_the_scaled_gradient_and_a_rounded_copy(count: int, ahead: bool, wide: bool, level: str) -> None:
     with native.using(level):
         weight, gradient, first, second = state(count)
         gradient = gradient if wide else gradient.bfloat16()
         plain = [weight.clone(), gradient.float() * 0.37, first.clone(), second.clone()]
-        copy = torch.full((count,), 7.0, dtype=torch.bfloat16)
-        update_master(weight, gradient, first, second, copy, RULE, 0.37)
+        copy, before = torch.full((count,), 7.0, dtype=torch.bfloat16), weight.clone()
+        update_master(weight, gradient, first, second, copy, RULE, 0.37, ahead)
         update(*plain, RULE, 0)
     assert all(torch.equal(a, b) for a, b in zip((weight, first, second), (plain[0], plain[2], plain[3])))
-    assert torch.equal(copy, plain[0].bfloat16())
+    assert torch.equal(copy, (plain[0] + (plain[0] - before) if ahead else plain[0]).bfloat16())
 
 
 @pytest.mark.parametrize("tile", [64, 4096, 10_000])
-def test_masters_tile_by_tile_are_the_same_bits(tile: int) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_masters_tile_by_tile_are_the_same_bits(ahead: bool, tile: int) -> None:
     whole, tiles = ([*state(30_001), torch.empty(30_001, dtype=torch.bfloat16)] for _ in range(2))
-    update_master(*whole, RULE, 0.5)
+    update_master(*whole, RULE, 0.5, ahead)
     for at in range(0, 30_001, tile):
-        update_master(*[t[at : at + tile] for t in tiles], RULE, 0.5)
+        update_master(*[t[at : at + tile] for t in tiles], RULE, 0.5, ahead)
     assert all(torch.equal(a, b) for a, b in zip(whole, tiles))
 
 
@@ -120,11 +122,12 @@ def test_copies_round_as_torch_does() -> None:
     assert torch.equal(copy[:-1], values[:-1].bfloat16()) and copy[-1].isnan()
 
 
-def test_masters_without_kernels_are_close_and_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_masters_without_kernels_are_close_and_what_does_not_fit_is_refused(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, plain = ([*state(1000), torch.empty(1000, dtype=torch.bfloat16)] for _ in range(2))
-    update_master(*ours, RULE, 0.5)
+    update_master(*ours, RULE, 0.5, ahead)
     with pytest.raises(AssertionError, match="as many numbers"):
         update_master(*ours[:4], torch.empty(999, dtype=torch.bfloat16), RULE)
     monkeypatch.setattr(native, "module", lambda: None)
-    update_master(*plain, RULE, 0.5)
+    update_master(*plain, RULE, 0.5, ahead)
     assert all(torch.allclose(a.float(), b.float(), rtol=1e-2 if a.dtype == torch.bfloat16 else 1e-6, atol=1e-7) for a, b in zip(ours, plain))

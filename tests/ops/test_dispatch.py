@@ -115,7 +115,7 @@ def test_updates_are_citizens(dtype: torch.dtype) -> None:
 def test_masters_are_citizens() -> None:
     torch.manual_seed(2)
     given = [torch.randn(50), torch.randn(50).bfloat16(), torch.randn(50) * 0.1, torch.rand(50), torch.zeros(50, dtype=torch.bfloat16)]
-    torch.library.opcheck(adamw.UPDATE_MASTER, (*given, 0.5, *adamw._numbers(RULE)))
+    torch.library.opcheck(adamw.UPDATE_MASTER, (*given, True, 0.5, *adamw._numbers(RULE)))
     copies = [t.clone() for t in given]
     adamw.update_master(*given, RULE, 0.5)
     watched(lambda: adamw.update_master(*copies, RULE, 0.5), "adamw_master")

@@ -50,12 +50,13 @@ class Reference:
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in found.values()]
         return total, found, torch.linalg.vector_norm(torch.stack(norms)).item()
 
-    def apply(self, gradients: dict[str, torch.Tensor], norm: float, lr: float) -> None:
+    def apply(self, gradients: dict[str, torch.Tensor], norm: float, lr: float, predict: bool = False) -> None:
+        """predict: the model computes with what this update leads to when it is made twice."""
         self.steps += 1
         for n, p in self.model.named_parameters():
-            rule = Rule(lr, ADAMW["betas"], ADAMW["eps"], ADAMW["weight_decay"] if p.dim() >= 2 else 0.0, self.steps)
+            rule, before = Rule(lr, ADAMW["betas"], ADAMW["eps"], ADAMW["weight_decay"] if p.dim() >= 2 else 0.0, self.steps), self.master[n].clone()
             update(self.master[n], gradients[n].float() * min(1.0, 1.0 / (norm + 1e-6)), self.first[n], self.second[n], rule, 0)
-            p.data.copy_(self.master[n])
+            p.data.copy_(self.master[n] + (self.master[n] - before) if predict else self.master[n])
 
 
 def run(rig: Rig, steps: Sequence[int], micros: int = 1) -> list[tuple[float, float]]:
@@ -85,14 +86,16 @@ def test_a_hundred_steps_are_those_of_one_memory_and_the_link_carries_four_bytes
 
 
 @pytest.mark.parametrize(("delay", "micros"), [(1, 1), (4, 1), (3, 2)])
-def test_delayed_is_the_papers_schedule(delay: int, micros: int) -> None:
-    rig, reference = make_rig({"offload": Offload(delay=delay, tile=8192)}, micro_batches=micros), Reference()
+@pytest.mark.parametrize("predict", [False, True])
+def test_delayed_is_the_papers_schedule(predict: bool, delay: int, micros: int) -> None:
+    """predict: the same schedule, and the weights that gradients are taken at have the last update added once more."""
+    rig, reference = make_rig({"offload": Offload(delay=delay, tile=8192, predict=predict)}, micro_batches=micros), Reference()
     waiting, expected = None, []
     for step in range(12):
         loss, gradients, norm = reference.gradients(step, micros)
         expected.append((loss, norm))
         if waiting is not None:
-            reference.apply(*waiting)  # of the step before, after this one's gradients were taken without it
+            reference.apply(*waiting, predict)  # of the step before, after this one's gradients were taken without it
         waiting = (gradients, norm, rate(step))
         if step + 1 < delay:
             reference.apply(*waiting)
@@ -234,6 +237,15 @@ def test_moments_and_masters_go_on_in_torchs_adamw() -> None:
     run(rig, [3])
     for n, w in weights.items():
         torch.testing.assert_close(host.masters[n], w.detach(), rtol=1e-5, atol=1e-7)
+    kinds, kept = {"first": "exp_avg", "second": "exp_avg_sq"}, theirs.state_dict()["state"]
+    back = {f"{kind}.{n}": kept[i][key] for i, n in enumerate(weights) for kind, key in kinds.items()}
+    again = make_rig({"offload": Offload()})
+    again.optimizer.restore(back | {f"master.{n}": w.detach() for n, w in weights.items()}, 4)
+    for p, w in zip(again.model.parameters(), weights.values(), strict=True):
+        p.data.copy_(w.detach())
+    assert run(again, [4])[0] == pytest.approx(run(rig, [4])[0], rel=1e-4)
+    for n, w in host.masters.items():
+        torch.testing.assert_close(again.optimizer.masters[n], w, rtol=0, atol=1e-3)  # a step is twenty times that
 
 
 def test_a_slow_link_changes_no_bit() -> None:

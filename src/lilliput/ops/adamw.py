@@ -7,7 +7,8 @@ update below 2^-9 of the weight. Random bits are a hash of (key, index), so a re
 depends on itself alone: the same bits for any tiling and any number of threads. 28 bytes a number in fp32: bound by memory.
 
 Mixed precision (`update_master`): the weights are fp32 masters, the gradient is bf16 (or fp32, summed) and is scaled on the way in,
-and the bf16 copy that the model computes with, rounded to nearest even, is written on the way out: 28 bytes a number too.
+and the bf16 copy that the model computes with, rounded to nearest even, is written on the way out: 28 bytes a number too. `ahead`:
+the copy is where the weights will be if the next update is this one again.
 
 Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2.
 """
@@ -51,20 +52,23 @@ def update(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rule
 
 
 @torch.no_grad()
-def update_master(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, copy: Tensor, rule: Rule, scale: float = 1.0) -> None:
-    """One update of fp32 masters and moments by `scale` times a bf16 or fp32 gradient, in place; `copy` (bf16) becomes the masters rounded.
+def update_master(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, copy: Tensor, rule: Rule, scale: float = 1.0,
+                  ahead: bool = False) -> None:  # fmt: skip
+    """One update of fp32 masters and moments by `scale` times a bf16 or fp32 gradient, in place; `copy` (bf16) becomes the masters rounded,
+    or, `ahead`, the masters with what the update changed added once more.
 
     All flat and contiguous, of as many numbers, on the CPU; elsewhere and without kernels by plain torch.
     """
     given = (weight, gradient, first, second, copy)
     if native.module() is None or any(t.device.type != "cpu" or not t.is_contiguous() for t in given):
+        before = weight.clone() if ahead else weight
         reference(weight, gradient.float() * scale, first, second, rule, 0)
-        copy.copy_(weight)
+        copy.copy_(weight + (weight - before) if ahead else weight)
         return
     kinds = [t.dtype for t in given]
     assert kinds[0] == kinds[2] == kinds[3] == torch.float32 and kinds[1] in (torch.float32, torch.bfloat16), f"masters and moments are fp32, not {kinds}"
     assert kinds[4] == torch.bfloat16 and len({t.numel() for t in given}) == 1, f"the copy is bf16, of as many numbers: {kinds}, {[t.numel() for t in given]}"
-    (UPDATE_MASTER if native.watched(weight) else _update_master)(weight, gradient, first, second, copy, scale, *_numbers(rule))
+    (UPDATE_MASTER if native.watched(weight) else _update_master)(weight, gradient, first, second, copy, ahead, scale, *_numbers(rule))
 
 
 def _numbers(rule: Rule) -> tuple[float, float, float, float, float, float, float]:
@@ -104,14 +108,14 @@ def _update(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, lr:
     torch.autograd.graph.increment_version((weight, first, second))  # what autograd saved of them is stale
 
 
-def _update_master(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, copy: Tensor, scale: float, lr: float, b1: float, b2: float, eps: float,
-                   decay: float, correction1: float, root2: float) -> None:  # fmt: skip
+def _update_master(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, copy: Tensor, ahead: bool, scale: float, lr: float, b1: float, b2: float,
+                   eps: float, decay: float, correction1: float, root2: float) -> None:  # fmt: skip
     native.module().adamw_master(weight.data_ptr(), gradient.data_ptr(), gradient.dtype == torch.float32, first.data_ptr(), second.data_ptr(),
-                                 copy.data_ptr(), weight.numel(), scale, lr, b1, b2, eps, decay, correction1, root2)  # fmt: skip
+                                 copy.data_ptr(), ahead, weight.numel(), scale, lr, b1, b2, eps, decay, correction1, root2)  # fmt: skip
     torch.autograd.graph.increment_version((weight, first, second, copy))
 
 
 _STATE = "Tensor(a!) weight, Tensor gradient, Tensor(b!) first, Tensor(c!) second"
 _RULE = "float lr, float b1, float b2, float eps, float decay, float correction1, float root2"
 UPDATE = native.define(f"adamw({_STATE}, {_RULE}, int key) -> ()", _update, lambda *given: None)
-UPDATE_MASTER = native.define(f"adamw_master({_STATE}, Tensor(d!) copy, float scale, {_RULE}) -> ()", _update_master, lambda *given: None)
+UPDATE_MASTER = native.define(f"adamw_master({_STATE}, Tensor(d!) copy, bool ahead, float scale, {_RULE}) -> ()", _update_master, lambda *given: None)

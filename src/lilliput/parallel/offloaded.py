@@ -4,7 +4,8 @@
     update     norm and clipping on the host, AdamW tile by tile in one pass (ops/adamw.py); while a tile's bf16 weights go up, the
                next tile is computed
     delayed    the update of step i runs beside the forward and backward pass of step i + 1, which computes with the weights of
-               step i - 1; a tensor's new weights go up as soon as that backward pass is done with the old ones: when its gradient is complete
+               step i - 1; a tensor's new weights go up as soon as that backward pass is done with the old ones: when its gradient is complete.
+               `predict`: what goes up has the update added once more, for the one that is still to come
 
 A link carries 2 bytes a parameter down a micro-batch and 2 up a step. Several micro-batches are summed in fp32 on the host.
 Every number's update depends on itself alone and sums have one order, so tiles, links and threads change no bit.
@@ -48,13 +49,14 @@ class HostAdamW:
 
     master(name): the fp32 value that a parameter starts from. tile: numbers of one copy up. speed: bytes/s of the link each way, 0 =
     as fast as it goes. several: a step has several micro-batches, so gradients are summed (found out otherwise). delayed: updates may wait.
+    predict: what the device gets of a delayed update is where the next one will probably lead.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], master: Callable[[str], torch.Tensor], *, betas: tuple[float, float], eps: float,
-                 weight_decay: float, tile: int, speed: float, several: bool, delayed: bool) -> None:  # fmt: skip
+                 weight_decay: float, tile: int, speed: float, several: bool, delayed: bool, predict: bool = False) -> None:  # fmt: skip
         self.parameters = dict(parameters)
         self.betas, self.eps, self.weight_decay, self.tile = betas, eps, weight_decay, tile
-        self.steps = 0
+        self.steps, self.predict = 0, predict
         self.device = next(iter(self.parameters.values())).device
         wide = lambda: {n: lasting(p.shape, torch.float32) for n, p in self.parameters.items()}
         self.masters, self.first, self.second = wide(), wide(), wide()
@@ -71,6 +73,7 @@ class HostAdamW:
         self.rounded = self.room(STORED) if delayed else {}  # weights that wait until the backward pass is done with the old ones
         self.computed: set[str] = set()  # of those, the ones that are there
         self.times: dict[str, int] = {}  # gradients of this step that came, by name
+        self.guessed: set[str] = set()  # what the device has of these is ahead of the masters
         self.sent: dict[str, Future[None]] = {}  # weights on their way up beside the step
         self.leaving: tuple[str, torch.Tensor, Future[None]] | None = None
         self.pending: Pending | None = None
@@ -172,7 +175,7 @@ class HostAdamW:
     def _beside(self, ready: Pending) -> None:
         self.steps += 1
         for name, part in self._tiles(ready, reversed(list(ready.gradients))):  # as the backward pass comes by
-            self._tile(name, part, ready, self.rounded[name][part])
+            self._tile(name, part, ready, self.rounded[name][part], self.predict)
             if part.stop == ready.gradients[name].numel():
                 self.computed.add(name)
 
@@ -187,20 +190,30 @@ class HostAdamW:
             return
         self.working.result()
         self._send(self.computed - self.sent.keys())
+        self.guessed |= self.computed if self.predict else set()
         for weights in self.sent.values():
             weights.result()
         self.computed, self.sent = set(), {}
         self.pending = self.working = None
+
+    def settle(self) -> None:
+        """Nothing waits any more, and the device has the masters themselves."""
+        self.receive()
+        for name in self.guessed:
+            self.rounded[name].copy_(self.masters[name].view(-1))
+        self._send(self.guessed)
+        self.up.finish()
+        self.sent, self.guessed = {}, set()
 
     def _tiles(self, ready: Pending, names: Iterable[str]) -> Iterator[tuple[str, slice]]:
         for name in names:
             gradient = ready.gradients[name]
             yield from ((name, slice(start, min(start + self.tile, gradient.numel()))) for start in range(0, gradient.numel(), self.tile))
 
-    def _tile(self, name: str, part: slice, ready: Pending, into: torch.Tensor) -> None:
+    def _tile(self, name: str, part: slice, ready: Pending, into: torch.Tensor, ahead: bool = False) -> None:
         rule = Rule(ready.lr, self.betas, self.eps, self.weight_decay if self.parameters[name].dim() >= 2 else 0.0, self.steps)
         flat = (self.masters[name].view(-1)[part], ready.gradients[name][part], self.first[name].view(-1)[part], self.second[name].view(-1)[part])
-        update_master(*flat, into, rule, ready.scale)
+        update_master(*flat, into, rule, ready.scale, ahead)
 
     # ---- what is saved
 

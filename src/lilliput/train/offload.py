@@ -6,7 +6,8 @@ Gradients leave one by one while the backward pass goes on; the host's AdamW goe
 tile is computed (parallel/offloaded.py). The numbers are those of the same mixed precision kept in one memory, bit for bit.
 delay = N: from step N on the update of step i runs beside step i + 1, which still computes with the weights of step i - 1. It
 hides the host's update, and new weights go up while the backward pass moves on from the old ones, so it hides most of the link
-too; the first steps, where gradients change fast, should not have it (the paper: N = 40).
+too; the first steps, where gradients change fast, should not have it (the paper: N = 40). A late gradient costs more loss the larger
+the rate is; predict (on, not the paper's) sends up where the same update made again would lead, which wins most of it back.
 Cost: the link's time, and 14 bytes a parameter of the host's memory (18 with a delay; 16 and 22 with several
 micro-batches a step). CPUs compute in fp32 (a bf16 weight is
 widened for its product), and there device and host are the same memory: it saves bytes only of a device that is a budget.
@@ -47,6 +48,7 @@ class Offload(Section):
 
     states: Literal["optimizer"] = Field("optimizer", description="what the host has: gradients, master weights, moments and the update")
     delay: int | Literal["off"] = Field("off", description="step from which on the update runs beside the next step; off = never")
+    predict: bool = Field(True, description="with a delay: compute with weights to which the last update is added once more, for the one that waits")
     tile: int = Field(1 << 20, ge=4096, multiple_of=4096, description="parameters of one copy back to the device")
     link: str = Field("", description="slows the link down to so many bytes/s each way (12GB); empty = as fast as it goes")
 
@@ -105,7 +107,8 @@ class Offload(Section):
 
             trainable = rig.trainable()
             master = lambda name: rig.source(name)(name, tuple(trainable[name].shape), rig.seed)
-            return HostAdamW(trainable, master, tile=self.tile, speed=self.speed, several=rig.site.micro_batches > 1, delayed=self.delay != "off", **knobs)
+            return HostAdamW(trainable, master, tile=self.tile, speed=self.speed, several=rig.site.micro_batches > 1, delayed=self.delay != "off",
+                              predict=self.predict and self.delay != "off", **knobs)  # fmt: skip
 
         return replace(rig, homes=(*rig.homes, ("*", replace(rig.homes[0][1], codec="bf16", states="host"))), optimizing=optimizing)
 
@@ -123,8 +126,8 @@ class Offload(Section):
             return schedule(rig, batch, weight)
 
         masters = lambda rig, name: host.masters[name] if name in host.masters else weight(rig, name)
-        receive, close = (lambda rig: host.receive()), (lambda rig: host.close())
-        return replace(rig, objective=drained, schedule=beside, update=self.update, flush=receive, close=close, weight=masters)
+        settle, close = (lambda rig: host.settle()), (lambda rig: host.close())
+        return replace(rig, objective=drained, schedule=beside, update=self.update, flush=settle, close=close, weight=masters)
 
     def update(self, rig: Rig, learning_rate: float) -> float:
         """Clip by the norm of this step's gradients and update, or leave it for the next step; returns the norm before clipping."""
