@@ -93,3 +93,27 @@ def test_a_run_that_goes_on_keeps_its_activations_and_writes_its_rows_anew() -> 
     stale = replace(first.plan, rows={**first.plan.rows, "parameter gone": Row(1)})
     again = make_rig({"remat": Remat()}, budget=MUCH, plans={stale.trace: stale})
     assert again.plan.rows == first.plan.rows and isinstance(again, Rig)
+
+
+@pytest.mark.parametrize("micros", [1, 2])
+@pytest.mark.parametrize("room", [Offload(), Offload(delay=2), Offload(tile=4096)], ids=["plain", "delayed", "tiles"])
+def test_offloads_rows_are_what_the_host_holds(room: Offload, micros: int) -> None:
+    rig = make_rig({"offload": room}, budget=MUCH, micro_batches=micros)
+    host = [(name, row) for name, row in rig.plan.rows.items() if row.decision.tier == "host"]
+    assert sum(row.bytes for _, row in host) == sum(t.nbytes for t in rig.optimizer.held())
+    masters = [row for name, row in host if name.startswith("master ")]
+    assert len(masters) == len(rig.trainable()) and all(dict(row.claims) == {"row": "offload"} for row in masters)
+    count = rig.model.get_parameter(f"{Q}.weight").numel()
+    assert rig.plan.rows[f"gradient {Q}.weight"].bytes == (4 if micros > 1 else 2) * (2 if room.delay == 2 else 1) * count
+    rig.close(rig)
+
+
+@pytest.mark.parametrize("rooms", [{"fp8": Fp8()}, {"fp8": Fp8(forward="e5m2")}, {"fp8": Fp8(), "remat": Remat(budget="100MB")}], ids=["e4m3", "e5m2", "remat"])
+def test_activations_in_eight_bits_are_fp8s(rooms: dict) -> None:
+    rig = make_rig(rooms, budget=MUCH)
+    coded = {name: row for name, row in rig.plan.rows.items() if name[0].isdigit() and ("row", "fp8") in row.claims}
+    dim, ffn, layers = rig.model.spec.dim, rig.model.spec.ffn, rig.model.spec.layers
+    assert sum(row.bytes for row in coded.values()) == 2 * 32 * layers * (3 * dim + ffn), "a byte a number of what q, k, v; o; gate, up; down read"
+    kinds = {row.dtype for row in coded.values()}
+    assert kinds == {"float8_" + rooms["fp8"].forward} and MemoryPlan.from_json(rig.plan.to_json()) == rig.plan
+    assert not any(("row", "fp8") in row.claims for name, row in rig.plan.rows.items() if name[0].isdigit() and name not in coded)

@@ -141,3 +141,20 @@ def test_refusals() -> None:
     known = make_rig({}).facts
     assert "paged.budget" in Paged().refuses({}, known)
     assert "offload" in Paged(budget="1GB").refuses({"offload": None}, known)
+
+
+def test_held_out_data_sends_moments_away_too() -> None:
+    """Without gradients a long batch may still need their room; they are back after it, as a checkpoint wants them."""
+    rooms = {"qlora": Qlora(rank=64)}
+    plain, long = make_rig(rooms), batch(SPIKE)
+    with Meter() as meter:
+        meter.adopt([*plain.model.parameters(), *plain.optimizer.state().values()])
+        plain.evaluate(long)
+    budget = meter.peak - storage_bytes(plain.optimizer.state().values()) // 3
+    rig = make_rig({**rooms, "paged": Paged(budget=f"{budget}B")})
+    pages = rig.update.__self__
+    for step in range(2):
+        assert rig.step(batch(step), 1e-2, step) == replace(plain.step(batch(step), 1e-2, step), told={"evicted_bytes": 0.0})
+        assert rig.evaluate(long).loss == plain.evaluate(long).loss
+        assert pages.store.written > 0 and not pages.away and pages.pinned and pages.meter.peak <= budget
+    assert same(rig, plain)

@@ -19,6 +19,7 @@ from torch import Tensor
 from lilliput.memory.plan import FP8_BLOCK, stored_bytes
 from lilliput.memory.simulate import Link
 from lilliput.ops import native
+from lilliput.ops.four_bits import NF4_BLOCK
 from lilliput.ops.fp8 import widened
 from lilliput.ops.nf4 import Nf4
 
@@ -37,7 +38,7 @@ def _encode(flat: Tensor, codec: str) -> Tensor:
     count = flat.numel()
     stored = torch.empty(stored_bytes(codec, 4 * count), dtype=torch.uint8, device=flat.device)
     if codec == "nf4":
-        return stored.copy_(Nf4(1, count + -count % 64, double=False).encode(_blocks(flat, 64)))
+        return stored.copy_(Nf4(1, count + -count % NF4_BLOCK, double=False).encode(_blocks(flat, NF4_BLOCK)))
     codes, scales = stored[:count].view(torch.float8_e4m3fn), stored[stored.numel() - 4 * -(-count // FP8_BLOCK) :]
     for start in range(0, count, PIECE):
         rows = _blocks(flat[start : start + PIECE], FP8_BLOCK)
@@ -51,7 +52,7 @@ def _decode(stored: Tensor, count: int, codec: str) -> Tensor:
     if codec == "bf16":
         return stored.view(torch.bfloat16).float()
     if codec == "nf4":
-        whole = Nf4(1, count + -count % 64, double=False).decode(stored).flatten()
+        whole = Nf4(1, count + -count % NF4_BLOCK, double=False).decode(stored).flatten()
         return whole if whole.numel() == count else whole[:count].clone()
     out = torch.empty(count, device=stored.device)
     codes, scales = stored[:count].view(torch.float8_e4m3fn), stored[stored.numel() - 4 * -(-count // FP8_BLOCK) :].clone().view(torch.float32)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from lilliput.base.errors import UserError
 from lilliput.base.ledger import Tier
+from lilliput.ops.four_bits import NF4_BLOCK, nf4
 
 Place = Literal["keep", "recompute", "page"]
 Codec = Literal["exact", "bf16", "fp8", "nf4", "codes"]  # codes: of a weight, in its Linear's own codec
@@ -30,7 +31,7 @@ FP8_BLOCK = 256  # numbers with one scale
 def stored_bytes(codec: Codec | str, size: int) -> int:
     """Bytes in which `size` bytes of fp32 numbers lie in a codec."""
     count = size // 4
-    return {"exact": size, "bf16": 2 * count, "fp8": count + 4 * -(-count // FP8_BLOCK), "nf4": 36 * -(-count // 64)}[codec]
+    return {"exact": size, "bf16": 2 * count, "fp8": count + 4 * -(-count // FP8_BLOCK), "nf4": sum(nf4(count + -count % NF4_BLOCK, double=False))}[codec]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Row:
     bytes: int
     decision: Decision = KEEP
     claims: tuple[tuple[str, str], ...] = ()  # (axis, room)
+    dtype: str = ""  # of an activation's numbers where that is not fp32
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class MemoryPlan:
                     raise UserError(f"`{owner}` and `{room}` both decide the {axis} of {name}",
                                     f"{owner}: {getattr(row.decision, axis)}; {room}: {axes[axis]}", f"switch one of [{owner}] and [{room}] off")  # fmt: skip
             claims = dict(row.claims) | dict.fromkeys(axes, room)
-            rows[name] = Row(row.bytes, replace(row.decision, **axes), tuple(sorted(claims.items())))
+            rows[name] = replace(row, decision=replace(row.decision, **axes), claims=tuple(sorted(claims.items())))
         return replace(self, rows=rows)
 
     def decisions(self) -> dict[int, Decision]:
@@ -110,11 +112,11 @@ class MemoryPlan:
 
 def _plain(row: Row) -> dict[str, Any]:
     given = {k: v for k, v in asdict(row.decision).items() if v != getattr(KEEP, k)}
-    return {"bytes": row.bytes} | given | ({"claims": dict(row.claims)} if row.claims else {})
+    return {"bytes": row.bytes} | ({"dtype": row.dtype} if row.dtype else {}) | given | ({"claims": dict(row.claims)} if row.claims else {})
 
 
 def _row(data: dict[str, Any]) -> Row:
     data = dict(data)
-    size, claims = data.pop("bytes"), data.pop("claims", {})
+    size, claims, dtype = data.pop("bytes"), data.pop("claims", {}), data.pop("dtype", "")
     spans = tuple((start, end) for start, end in data.pop("spans", ()))
-    return Row(size, Decision(**data, spans=spans), tuple(sorted(claims.items())))
+    return Row(size, Decision(**data, spans=spans), tuple(sorted(claims.items())), dtype)

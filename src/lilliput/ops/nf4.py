@@ -26,8 +26,9 @@ from torch import Tensor
 
 from lilliput.ops import native
 from lilliput.ops.float_codecs import NF4, nearest_nf4
+from lilliput.ops.four_bits import NF4_BLOCK as BLOCK
+from lilliput.ops.four_bits import SECOND, nf4
 
-BLOCK, SECOND = 64, 256
 PIECE = 1 << 20  # weights worked on at a time, so that what is between stays small beside the matrix
 PAIRS = torch.tensor([(NF4[byte >> 4], NF4[byte & 15]) for byte in range(256)]).view(torch.int64).flatten()  # the two fp32 a byte stands for, as one number
 
@@ -48,7 +49,7 @@ class Nf4:
     @property
     def sections(self) -> tuple[int, int, int]:
         """Bytes of the fp32 numbers, of the 4-bit numbers and of the int8 scales."""
-        return 4 * (-(-self.blocks // SECOND) + 1 if self.double else self.blocks), self.blocks * BLOCK // 2, self.blocks if self.double else 0
+        return nf4(self.outputs * self.inputs, self.double)
 
     @property
     def bytes(self) -> int:

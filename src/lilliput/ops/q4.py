@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from lilliput.base.errors import UserError
-from lilliput.ops.nf4 import SECOND, decoder, from_second_level, piece, second_level
+from lilliput.ops.four_bits import Q4_BLOCK as BLOCK
+from lilliput.ops.four_bits import q4
+from lilliput.ops.nf4 import decoder, from_second_level, piece, second_level
 
 if TYPE_CHECKING:
     import numpy as np
 
-BLOCK = 32
 KINDS = {"Q4_0": 18, "Q4_1": 20}  # bytes of a block in the file
 
 
@@ -46,8 +47,7 @@ class Q4:
     @property
     def sections(self) -> tuple[int, int, int, int, int]:
         """Bytes of the wide parts of scales and of offsets, of the 4-bit numbers, and of the int8 scales and offsets."""
-        wide, narrow = (4 * (-(-self.blocks // SECOND) + 1), self.blocks) if self.double else (2 * self.blocks, 0)
-        return wide, wide, self.blocks * BLOCK // 2, narrow, narrow
+        return q4(self.outputs * self.inputs, self.double)
 
     @property
     def bytes(self) -> int:

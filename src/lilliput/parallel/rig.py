@@ -23,14 +23,14 @@ from lilliput.base.facts import Facts
 from lilliput.base.protocols import Phase, Site, Strategy, in_order, refusal
 from lilliput.data.batch import IGNORE, MicroBatch
 from lilliput.memory.meter import Meter
-from lilliput.memory.plan import MemoryPlan
+from lilliput.memory.plan import Row
 from lilliput.memory.planned import Planned
 from lilliput.models.checkpoints import STORED, fill
 from lilliput.models.layers import Linear
 from lilliput.ops.dropout import Counter
 from lilliput.parallel.budget import SCALARS, counted, planned
 from lilliput.parallel.optimizer import AdamW
-from lilliput.parallel.rows import MOMENTS, claimed, joined, rows
+from lilliput.parallel.rows import MOMENTS, joined, table
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class Rig:
     keeper: Any = None  # save(folder, tag) and restore(folder, tag, steps) in place of the checkpoint's own files
     plan: Any = None  # the MemoryPlan that the step is carried out under, where a room made one: the tightest of `plans`
     plans: Mapping[str, Any] = field(default_factory=dict)  # digest of a trace -> its MemoryPlan; before a room acts: those a run began with
+    beside: Mapping[str, Row] = field(default_factory=dict)  # rows of the memory plan for what rooms keep beside parameters, gradients and moments
+    computes: tuple[str, ...] = ()  # dtypes that rooms put activations into
     blocks: Callable[[str], tuple[str, Any] | None] = lambda name: None  # (GGUF type, rows of blocks) of a matrix that its file holds quantised
     meter: Any = None  # memory.meter.Meter: counts what a step makes against its budget, where it has one
     exports: Mapping[str, Callable[[Rig, Path], None]] = field(default_factory=dict)  # folder name -> writer
@@ -236,19 +238,13 @@ def outline(
         blocks=blocks, plans=plans or {}, meter=Meter(budget=budget),
     )  # fmt: skip
     acts = [each for each in order(rooms) if each[0] < before]
-    table = MemoryPlan("", "", rows(rig))
-    for phase, name, act in acts:
-        if phase <= Phase.REMAT:
-            rig = act(rig)
-            table = claimed(table, name, rig)
     evicting = [name for name, room in rooms.items() if getattr(room, "evicts", False)]
-    moments = [name for name in table.rows if name.startswith("moments")]
-    for name in evicting:
-        table = table.claim(name, moments, place="page")
+    rig, beside, computes = table(rig, (each for each in acts if each[0] <= Phase.REMAT), evicting)
     rig = planned(rig, bool(evicting))
     if rig.plan is not None:
         deciding = next((name for phase, name, _ in acts if phase == Phase.REMAT), "")
-        rig = replace(rig, plans={trace: joined(plan, deciding, table) for trace, plan in rig.plans.items()}, plan=joined(rig.plan, deciding, table))
+        plans = {trace: joined(plan, deciding, beside, computes) for trace, plan in rig.plans.items()}
+        rig = replace(rig, plans=plans, plan=joined(rig.plan, deciding, beside, computes))
     for phase, _, act in acts:
         rig = act(rig) if phase > Phase.REMAT else rig
     return rig

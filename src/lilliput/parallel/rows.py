@@ -1,14 +1,17 @@
 """Rows of the memory plan for what is there beside activations: every parameter, buffer, gradient and moment, its bytes, place and codec.
 
-They are read off the rig, so they cannot say anything else than what will be. A room claims an axis of a row by changing it with its act, and a
-row by bringing it; a second room that changes the same axis is refused, and both are named (memory.plan.claim).
+They are read off the rig, so they cannot say anything else than what will be; what a room keeps beside them it states in `Rig.beside`. A room claims
+an axis of a row by changing it with its act, and a row by bringing it; a second room that changes the same axis is refused, and both are named
+(memory.plan.claim). Activations in a dtype that a room computes in (`Rig.computes`) are brought by it, too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from lilliput.base.protocols import Phase
 from lilliput.memory.plan import Codec, Decision, MemoryPlan, Row
 
 if TYPE_CHECKING:
@@ -20,7 +23,7 @@ MOMENTS = 8  # bytes of optimizer state a trainable parameter
 
 
 def rows(rig: Rig) -> dict[str, Row]:
-    """"parameter NAME", "gradient NAME", "moments NAME" and "buffer NAME" -> what the rig says of it."""
+    """"parameter NAME", "gradient NAME", "moments NAME" and "buffer NAME" -> what the rig says of it; and what lies beside them."""
     found: dict[str, Row] = {}
     for name, p in rig.model.named_parameters():
         home, stored = rig.home(name), p.numel() * rig.stored(name).itemsize
@@ -28,7 +31,7 @@ def rows(rig: Rig) -> dict[str, Row]:
         if p.requires_grad:
             found[f"gradient {name}"] = Row(stored, Decision(tier=home.states))  # type: ignore[arg-type]
             found[f"moments {name}"] = Row(MOMENTS * p.numel(), Decision(tier=home.states))  # type: ignore[arg-type]
-    return found | {f"buffer {name}": Row(b.nbytes) for name, b in rig.model.named_buffers()}
+    return found | {f"buffer {name}": Row(b.nbytes) for name, b in rig.model.named_buffers()} | dict(rig.beside)
 
 
 def claimed(before: MemoryPlan, room: str, rig: Rig) -> MemoryPlan:
@@ -46,8 +49,26 @@ def claimed(before: MemoryPlan, room: str, rig: Rig) -> MemoryPlan:
     return replace(plan, rows={name: replace(row, bytes=now[name].bytes) for name, row in plan.rows.items()})
 
 
-def joined(plan: MemoryPlan, room: str, table: MemoryPlan) -> MemoryPlan:
+def table(rig: Rig, acts: Iterable[tuple[Phase, str, Callable[[Rig], Rig]]], evicting: Iterable[str]) -> tuple[Rig, MemoryPlan, dict[str, str]]:
+    """The rig after these acts, the rows with each act's claims, and dtype of activations -> the room that computes in it.
+
+    evicting: rooms that send moments away when their room is needed."""
+    plan, computes = MemoryPlan("", "", rows(rig)), dict.fromkeys(rig.computes, "")
+    for _, name, act in acts:
+        rig = act(rig)
+        plan = claimed(plan, name, rig)
+        computes |= {dtype: name for dtype in rig.computes if dtype not in computes}
+    moments = [name for name in plan.rows if name.startswith("moments")]
+    for name in evicting:
+        plan = plan.claim(name, moments, place="page")
+    return rig, plan, computes
+
+
+def joined(plan: MemoryPlan, room: str, beside: MemoryPlan, computes: Mapping[str, str]) -> MemoryPlan:
     """A plan of activations with the rows of a table; `room` decided of those that are not kept."""
     own = {n: row for n, row in plan.rows.items() if n.partition(" ")[0].isdigit()}  # a plan that a run began with has the others too
-    own = {n: replace(row, claims=(("place", room),) if room and row.decision.away else row.claims) for n, row in own.items()}
-    return replace(plan, rows={**table.rows, **own})
+    for name, row in own.items():
+        brought = {"row": computes[row.dtype]} if row.dtype in computes else {}
+        decided = {"place": room} if room and row.decision.away else {}
+        own[name] = replace(row, claims=tuple(sorted((dict(row.claims) | brought | decided).items())))
+    return replace(plan, rows={**beside.rows, **own})

@@ -83,7 +83,7 @@ class Fp8(Section):
         """One product a Linear, and one an adapter's A; those that read the same tensor share its codes."""
         from lilliput.models.products import Fp8 as Product
         from lilliput.models.products import Reads
-        from lilliput.ops.fp8 import Scaling
+        from lilliput.ops.fp8 import FORMATS, Scaling
 
         scaling = Scaling(self.forward, self.backward, None if self.scaling == "amax" else self.bias)
         shared: dict[tuple[str, ...], Reads] = {}  # readers are counted as they are found
@@ -98,7 +98,7 @@ class Fp8(Section):
                 reads.readers += 0 if alone else 1
             if linear.codec is None and rig.home(f"{path}.weight").tier == "device":
                 linear.product.room(linear.weight, rig.device)
-        return rig
+        return replace(rig, computes=(*rig.computes, str(FORMATS[self.forward]).removeprefix("torch.")))
 
     def keep_fresh(self, rig: Rig) -> Rig:
         """Code what has changed before the objective is asked for, outside of any memory plan."""

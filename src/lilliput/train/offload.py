@@ -34,6 +34,7 @@ from lilliput.base.show import parse_size
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lilliput.memory.plan import Row
     from lilliput.parallel.offloaded import HostAdamW
     from lilliput.parallel.rig import Rig
 
@@ -110,7 +111,21 @@ class Offload(Section):
             return HostAdamW(trainable, master, tile=self.tile, speed=self.speed, several=rig.site.micro_batches > 1, delayed=self.delay != "off",
                               predict=self.predict and self.delay != "off", **knobs)  # fmt: skip
 
-        return replace(rig, homes=(*rig.homes, ("*", replace(rig.homes[0][1], codec="bf16", states="host"))), optimizing=optimizing)
+        homes = (*rig.homes, ("*", replace(rig.homes[0][1], codec="bf16", states="host")))
+        return replace(rig, homes=homes, optimizing=optimizing, beside={**rig.beside, **self.held(rig)})
+
+    def held(self, rig: Rig) -> dict[str, Row]:
+        """Rows of what the host has beside the moments."""
+        from lilliput.memory.plan import Decision, Row
+
+        several, delayed = rig.site.micro_batches > 1, self.delay != "off"
+        counts = {name: p.numel() for name, p in rig.trainable().items()}
+        largest = max(counts.values())
+        row = lambda size: Row(size, Decision(tier="host"))
+        found = {f"master {name}": row(4 * count) for name, count in counts.items()}
+        found |= {f"gradient {name}": row((4 if several else WEIGHT) * (2 if delayed else 1) * count) for name, count in counts.items()}
+        found |= {f"new weight {name}": row(WEIGHT * count) for name, count in counts.items()} if delayed else {}
+        return found | {"staged copies": row(WEIGHT * (2 * min(self.tile, largest) + (largest if several else 0)))}
 
     def watch(self, rig: Rig) -> Rig:
         """Gradients leave; a waiting update begins with the step and ends with its backward pass."""

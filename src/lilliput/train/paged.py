@@ -98,7 +98,7 @@ class Paged(Section):
         pages = Pages(rig, store, parse_size(self.budget))
         limit = rig.meter.budget.get("device", pages.budget)
         rig.meter.budget["device"], rig.meter.relieve = min(limit, pages.budget), pages.evict
-        return replace(rig, schedule=pages.schedule, update=pages.update, tells={**rig.tells, "evicted_bytes": pages.last})
+        return replace(rig, objective=pages.objective, schedule=pages.schedule, update=pages.update, tells={**rig.tells, "evicted_bytes": pages.last})
 
 
 class Pages:
@@ -107,6 +107,7 @@ class Pages:
     def __init__(self, rig: Rig, store: Any, budget: int) -> None:
         assert rig.optimizer is not None, "there are moments to page"
         self.optimizer, self.store, self.budget, self.within, self.after = rig.optimizer, store, budget, rig.schedule, rig.update
+        self.inner = rig.objective
         self.names = list(rig.optimizer.parameters)
         self.away: dict[int, tuple[Tensor, ...]] = {}  # page -> its moments as shapes alone
         self.evicted, self.pinned, self.meter = 0, True, rig.meter  # pinned: nothing may leave
@@ -122,6 +123,20 @@ class Pages:
             return self.within(rig, batch, weight)
         finally:
             self.pinned = True  # what comes back must not push itself out, and what is being updated stays
+
+    def objective(self, model: Any, micro: MicroBatch) -> tuple[Tensor, int]:
+        """The loss; without gradients (held-out data) pages may leave for each micro-batch and are back after it, as a checkpoint wants them."""
+        import torch
+
+        if torch.is_grad_enabled():
+            return self.inner(model, micro)
+        self.pinned = False
+        try:
+            found = self.inner(model, micro)
+        finally:
+            self.pinned = True
+        self.fetch()
+        return found
 
     def update(self, rig: Rig, rate: float) -> float:
         """Bring the pages back and update."""

@@ -25,6 +25,7 @@ from lilliput.base.errors import UserError
 from lilliput.base.facts import Facts
 from lilliput.base.ledger import Ledger, Term
 from lilliput.base.protocols import Phase, Site
+from lilliput.ops.four_bits import BLOCKS, SECOND, SECTIONS
 from lilliput.train.lora import Lora
 
 if TYPE_CHECKING:
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from lilliput.ops.nf4 import Nf4
     from lilliput.ops.q4 import Q4
     from lilliput.parallel.rig import Rig
-
-BLOCKS = {"nf4": 64, "file": 32}  # weights that share a scale
-SECOND = 256  # scales that share one
 
 
 class Qlora(Lora):
@@ -121,7 +119,4 @@ class Qlora(Lora):
     def bytes(self, weights: int) -> int:
         """Of a matrix of so many weights: 4 bits each; a block's scale in int8 (or fp32), an fp32 step each 256 of them and their mean; in
         storage=file the same twice, for scales and offsets (or both in fp16)."""
-        blocks = weights // BLOCKS[self.storage]
-        if not self.double:
-            return weights // 2 + 4 * blocks
-        return weights // 2 + (1 if self.storage == "nf4" else 2) * (blocks + 4 * (-(-blocks // SECOND) + 1))
+        return sum(SECTIONS[self.storage](weights, self.double))

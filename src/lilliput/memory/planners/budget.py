@@ -65,7 +65,7 @@ class Frontier:
 
 def written(trace: Trace, name: str, decisions: Mapping[int, Decision], simulation: Simulation) -> MemoryPlan:
     """Decisions as the plan that is written down."""
-    rows = {f"{s.index} {s.name}": Row(s.bytes, decisions.get(s.index, KEEP)) for s in trace.saved()}
+    rows = {f"{s.index} {s.name}": Row(s.bytes, decisions.get(s.index, KEEP), (), s.dtype if s.dtype != "float32" else "") for s in trace.saved()}
     predicted = {f"{tier} peak": float(peak) for tier, peak in simulation.peak.items()} | {"seconds": simulation.seconds}
     return MemoryPlan(trace.digest(), name, rows, {}, predicted)
 
