@@ -95,8 +95,8 @@ def gpt(layers: int = 4, dropout: float = 0.1, dim: int = 32, tokens: int = 32) 
     return rig.model, lambda m, t, y: next_token(m, MicroBatch(t, y, 64))[0] / 64, [batch.tokens_BT, batch.targets_BT]
 
 
-def lstm(layers: int = 2, dim: int = 16, steps: int = 16) -> Net:
-    return Unrolled(layers, dim), lambda m, x: m(x).square().mean(), [torch.randn(steps, 4, dim)]
+def lstm(layers: int = 2, dim: int = 16, steps: int = 16, batch: int = 4) -> Net:
+    return Unrolled(layers, dim), lambda m, x: m(x).square().mean(), [torch.randn(steps, batch, dim)]
 
 
 def conv(width: int = 8, batch: int = 4) -> Net:

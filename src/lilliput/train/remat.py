@@ -3,8 +3,9 @@
     plan = "every"      segments of `every` blocks keep only what enters them: n/k inputs + k blocks
     plan = "sqrt"       k = sqrt(n), the paper's choice: smallest where a layer keeps one tensor the size of its input
     plan = "selective"  what products made stays; norms, activations and attention run again
-    budget = "600MB"    the fastest of some fifty plans (those above, Chen's own planner, recursion, a dynamic program over the blocks) whose
-                        peak, to the byte, is within the budget for weights, gradients, optimizer and activations together
+    budget = "600MB"    the fastest of some seventy plans (those above, Chen's own planner, recursion, greedy, a dynamic program over the blocks, with
+                        integer programs inside them) whose peak, to the byte, is within the budget for weights, gradients, optimizer and activations
+    planner = "greedy"  one of those planners alone proposes plans for the budget
     pages = "host"      (or "disk", in the folder `scratch`): a budget's plans may page tensors too, above all what enters a block
     plan = "coded"      nothing runs again; what blocks keep lies in `codec`: bf16 a half, fp8 a quarter, nf4 a seventh of the bytes
 
@@ -48,6 +49,8 @@ class Remat(Section):
     plan: Literal["every", "sqrt", "selective", "budget", "coded"] = Field("every", description="what is kept; a budget makes it `budget`")
     every: int | Literal["sqrt"] = Field(1, description="blocks in one recomputed segment; sqrt = the square root of the depth")
     budget: str = Field("", description="bytes for weights, gradients, optimizer and activations: 600MB, 2GiB")
+    planner: Literal["all", "selective", "sqrt", "recursive", "chen", "segments", "dynamic", "greedy", "hierarchical", "paging"] = Field(
+        "all", description="which planner proposes plans for a budget")
     pages: Literal["off", "host", "disk"] = Field("off", description="where tensors may be paged to under a budget, what enters a block first")
     scratch: str = Field("", description="folder of the page file (remat.pages=disk)")
     codec: Literal["exact", "bf16", "fp8", "nf4"] = Field("exact", description="how what blocks keep may lie until the backward pass (coded, budget)")
@@ -74,6 +77,10 @@ class Remat(Section):
             return f"remat.every={self.every}, but the model has {facts.layers} blocks"
         if self.kind == "budget" and not self.budget:
             return "remat.plan=budget needs remat.budget=600MB, or another number of bytes"
+        if self.planner != "all" and self.kind != "budget":
+            return f"remat.planner={self.planner} plans for a budget: remat.budget=600MB"
+        if self.planner == "paging" and self.pages == "off":
+            return "remat.planner=paging needs remat.pages=host, or disk"
         if self.kind == "coded" and self.codec == "exact":
             return "remat.plan=coded needs remat.codec=bf16, fp8 or nf4"
         if self.pages != "off" and self.kind != "budget":
@@ -158,9 +165,8 @@ class Remat(Section):
             gradients = sum(s.bytes for s in trace.storages if s.external and s.kind == "gradient")
             room = parse_size(self.budget) - standing - gradients
             try:
-                option = frontier(trace, rates, tiers, more=[(f"the first {k} of {n} blocks kept in {self.codec}", rounded(k)) for k in levels]).pick(
-                    {"device": max(0, room)}
-                )
+                more = [(f"the first {k} of {n} blocks kept in {self.codec}", rounded(k)) for k in levels]
+                option = frontier(trace, rates, tiers, more, self.planner).pick({"device": max(0, room)})
             except DoesNotFit as fault:
                 least = fault.needs + standing + gradients
                 why = f"weights, optimizer{' and gradients' if gradients else ''} take {size(standing + gradients)}; {fault.why}"

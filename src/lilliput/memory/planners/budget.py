@@ -1,13 +1,13 @@
 """The fastest plan within a budget of bytes: every planner proposes, the simulator judges, the frontier of bytes and seconds stays.
 
 What is proposed does not depend on the budget, so a larger one is never slower, and nothing above it is ever run. The smallest
-peak of all proposals is what a refusal names. About 50 simulations: a few seconds for a deep model, once a batch shape.
+peak of all proposals is what a refusal names. About 70 simulations: a few seconds for a deep model, once a batch shape.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lilliput.base.errors import DoesNotFit
@@ -15,8 +15,9 @@ from lilliput.base.ledger import Tier
 from lilliput.base.show import size
 from lilliput.memory.lower import first_asked, lower
 from lilliput.memory.plan import KEEP, Decision, MemoryPlan, Row
-from lilliput.memory.planners import chain_dp, chen
+from lilliput.memory.planners import chain_dp, chen, hierarchical
 from lilliput.memory.planners.chain import Chain, chain
+from lilliput.memory.planners.greedy import greedy
 from lilliput.memory.planners.recursive import recursive
 from lilliput.memory.planners.selective import selective
 from lilliput.memory.planners.sqrt import every, segments, sqrt
@@ -70,12 +71,14 @@ def written(trace: Trace, name: str, decisions: Mapping[int, Decision], simulati
     return MemoryPlan(trace.digest(), name, rows, {}, predicted)
 
 
-def frontier(trace: Trace, rates: Rates = Rates(), tiers: Sequence[Tier] = (), more: Iterable[tuple[str, Decisions]] = ()) -> Frontier:
-    """Judge every proposal. tiers: where tensors may be paged to; more: further proposals, those that a user allows to round."""
+def frontier(
+    trace: Trace, rates: Rates = Rates(), tiers: Sequence[Tier] = (), more: Iterable[tuple[str, Decisions]] = (), planner: str = "all"
+) -> Frontier:
+    """Judge every proposal. tiers: where tensors may be paged to; more: further proposals, those that a user allows to round; planner: one alone."""
     found: list[Option] = []
     seen: set[frozenset[tuple[int, Decision]]] = set()
     count = 0
-    for name, decisions in itertools.chain(proposals(trace, rates, tiers), more):
+    for name, decisions in itertools.chain(proposals(trace, rates, tiers, planner), more):
         key = frozenset((s, d) for s, d in decisions.items() if d != KEEP or not trace.storages[s].packs)
         if key in seen:
             continue
@@ -92,39 +95,81 @@ def _beats(one: Simulation, two: Simulation) -> bool:
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 
-def proposals(trace: Trace, rates: Rates, tiers: Sequence[Tier]) -> Iterator[tuple[str, Decisions]]:
-    """(name, decisions) of every planner, at several settings."""
+def proposals(trace: Trace, rates: Rates, tiers: Sequence[Tier], planner: str = "all") -> Iterator[tuple[str, Decisions]]:
+    """(name, decisions) of every planner, or of one of PLANNERS, at several settings."""
     yield "keep everything", {}
     whole = chain(trace)
-    n, between = len(whole), {s for stage in whole.stages for s in stage.boundary}
+    for name, propose in PLANNERS.items():
+        if planner in ("all", name):
+            yield from propose(whole, rates, tiers)
+
+
+def _between(whole: Chain) -> set[int]:
+    return {s for stage in whole.stages for s in stage.boundary}
+
+
+def _selective(whole: Chain, rates: Rates, tiers: Sequence[Tier]) -> Iterator[tuple[str, Decisions]]:
     for share in (1 / 3, 2 / 3, 1.0):
-        yield f"cheap operations again ({share:.0%})", selective(trace, share, but=between)
+        yield f"cheap operations again ({share:.0%})", selective(whole.trace, share, but=_between(whole))
+
+
+def _sqrt(whole: Chain, rates: Rates, tiers: Sequence[Tier]) -> Iterator[tuple[str, Decisions]]:
     yield "sqrt", sqrt(whole)
+
+
+def _recursive(whole: Chain, rates: Rates, tiers: Sequence[Tier]) -> Iterator[tuple[str, Decisions]]:
     yield "recursive", recursive(whole)
+
+
+def _chen(whole: Chain, rates: Rates, tiers: Sequence[Tier]) -> Iterator[tuple[str, Decisions]]:
     for split in chen.grid([s.saved for s in whole.stages], [s.crossing for s in whole.stages]):
         yield f"segments of at most {size(split.segment)}", segments(whole, list(split.starts))
+
+
+def _segments(whole: Chain, rates: Rates, tiers: Sequence[Tier]) -> Iterator[tuple[str, Decisions]]:
+    n = len(whole)
     for group in dict.fromkeys((1, 2, 4)):
         for until in dict.fromkeys(round(n * i / LEVELS) for i in range(1, LEVELS + 1)):
             some = segments(whole, list(range(0, n, group)), until=until)
             yield f"the first {until} of {n} stages again by {group}", some
             if group == 1:
-                yield f"the first {until} of {n} stages and cheap operations again", selective(trace, 1.0, some, between)
-    yield from _dynamic(trace, whole, rates, tiers)
-    for tier in tiers:
-        yield from _paged(trace, whole, tier)
+                yield f"the first {until} of {n} stages and cheap operations again", selective(whole.trace, 1.0, some, _between(whole))
 
 
-def _dynamic(trace: Trace, whole: Chain, rates: Rates, tiers: Sequence[Tier]) -> Iterator[tuple[str, Decisions]]:
+def _greedy(whole: Chain, rates: Rates, tiers: Sequence[Tier]) -> Iterator[tuple[str, Decisions]]:
+    for freed, decisions in greedy(whole, 2 * LEVELS):
+        yield f"greedy, {size(freed)} again", decisions
+
+
+def _dynamic(whole: Chain, rates: Rates, tiers: Sequence[Tier]) -> Iterator[tuple[str, Decisions]]:
+    for budget, short, per_byte, tier in _bounds(whole, rates, tiers):
+        solved = chain_dp.solve(chain_dp.costs(short, per_byte), budget)
+        if solved is not None:
+            yield f"dynamic program for {size(budget)}{f' with {tier} pages' if tier else ''}", chain_dp.decisions(short, solved[1], tier or "host")
+
+
+def _hierarchical(whole: Chain, rates: Rates, tiers: Sequence[Tier]) -> Iterator[tuple[str, Decisions]]:
+    parts: list[list[hierarchical.Part]] = []
+    for budget, short, per_byte, tier in _bounds(whole, rates, tiers):
+        parts = parts or hierarchical.parts(short)
+        solved = chain_dp.solve(hierarchical.costs(short, parts, per_byte), budget)
+        if solved is not None:
+            yield f"hierarchical for {size(budget)}{f' with {tier} pages' if tier else ''}", hierarchical.decisions(short, parts, solved[1], tier or "host")
+
+
+def _bounds(whole: Chain, rates: Rates, tiers: Sequence[Tier]) -> Iterator[tuple[int, Chain, float | None, Tier | None]]:
+    """(budget, chain, seconds to page a byte, where to) that a dynamic program is solved for."""
     short = whole.merged(STAGES)
-    small, large = (simulate(lower(trace, d)).peak["device"] for d in (every(short, 1), {}))
+    small, large = (simulate(lower(whole.trace, d)).peak["device"] for d in (every(short, 1), {}))
     for tier in (None, *tiers):
         link = rates.link(tier) if tier else None
-        costs = chain_dp.costs(short, 1 / min(link.read, link.write) if link else None)
         for i in range(LEVELS):
-            budget = round(small * 0.8 + (large - small * 0.8) * i / LEVELS)
-            solved = chain_dp.solve(costs, budget)
-            if solved is not None:
-                yield f"dynamic program for {size(budget)}{f' with {tier} pages' if tier else ''}", chain_dp.decisions(short, solved[1], tier or "host")
+            yield round(small * 0.8 + (large - small * 0.8) * i / LEVELS), short, 1 / min(link.read, link.write) if link else None, tier
+
+
+def _paging(whole: Chain, rates: Rates, tiers: Sequence[Tier]) -> Iterator[tuple[str, Decisions]]:
+    for tier in tiers:
+        yield from _paged(whole.trace, whole, tier)
 
 
 def _paged(trace: Trace, whole: Chain, tier: Tier) -> Iterator[tuple[str, Decisions]]:
@@ -158,3 +203,9 @@ def _paged(trace: Trace, whole: Chain, tier: Tier) -> Iterator[tuple[str, Decisi
         f"stages again from inputs paged to the {tier}",
         {s: replace(d, place="page", tier=tier) if s in entering and trace.storages[s].packs and d == KEEP else d for s, d in again.items()},
     )
+
+
+PLANNERS: Mapping[str, Callable[[Chain, Rates, Sequence[Tier]], Iterator[tuple[str, Decisions]]]] = {
+    "selective": _selective, "sqrt": _sqrt, "recursive": _recursive, "chen": _chen, "segments": _segments, "dynamic": _dynamic, "greedy": _greedy,
+    "hierarchical": _hierarchical, "paging": _paging,
+}  # fmt: skip
