@@ -95,7 +95,7 @@ PAPER = Paper(
         "with everything on disk 5 steps are bitwise the plain run's, 4.9 times the bytes that the device ever held of "
         "them; a step reads 21.8 and writes 16.6 bytes a parameter, as many by the kernel's count, and the files have 29.0"
     ),
-    lacks="several ranks: parameters split over all of them, so that their links add up",
+    lacks="a run over several ranks (parameters split over their links are measured by themselves)",
     switches=("infinity.parameters=disk", "infinity.optimizer=disk", "infinity.folder=scratch"),
     run=run,
 )
