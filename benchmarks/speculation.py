@@ -75,7 +75,8 @@ def timed(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
             now = sides[args.draft].stats()
             rows.append({"text": kind, "batch": batch, "plain tok/s": round(batch * args.new / statistics.median(times["plain"])),
                          f"{args.draft} tok/s": round(batch * args.new / statistics.median(times[args.draft])), "x": f"{statistics.median(ratios):.2f}",
-                         "pairs": " ".join(f"{x:.2f}" for x in sorted(ratios)), "accepted": f"{now.accepted - before.accepted}/{now.drafted - before.drafted}"})  # fmt: skip
+                         "pairs": " ".join(f"{x:.2f}" for x in sorted(ratios)),
+                         "accepted": f"{now.accepted - before.accepted}/{now.drafted - before.drafted}"})  # fmt: skip
             show.line(f"{kind}, batch {batch}: {rows[-1]['x']}")
     return rows
 
@@ -103,8 +104,9 @@ def acceptance(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
             error = statistics.stdev(seen) / len(seen) ** 0.5
             said, first = expected_tokens(alpha, gamma), expected_tokens(single, gamma)
             reached = [sum(right >= place for right in seen) for place in range(gamma + 1)]
-            rows.append({"temperature": temperature, "gamma": gamma, "passes": len(seen), "alpha": round(alpha, 3), "tokens a pass": f"{tokens:.3f} ± {error:.3f}",
-                         "measured / formula": round(tokens / said, 3), "with the alpha of gamma 1": round(tokens / first, 3),
+            rows.append({"temperature": temperature, "gamma": gamma, "passes": len(seen), "alpha": round(alpha, 3),
+                         "tokens a pass": f"{tokens:.3f} ± {error:.3f}", "measured / formula": round(tokens / said, 3),
+                         "with the alpha of gamma 1": round(tokens / first, 3),
                          "by place": " ".join(f"{b / a:.3f}" for a, b in itertools.pairwise(reached) if a)})  # fmt: skip
             show.line(", ".join(f"{key} {value}" for key, value in rows[-1].items()))
     return rows
