@@ -3,9 +3,9 @@
     make bench X=vllm_bench ARGS="--vllm VENV/bin/vllm --tokenizer FOLDER --ours smollm2-135m,serve.kv=fp16"
     make bench X=vllm_bench ARGS="--vllm VENV/bin/vllm --tokenizer FOLDER --peer llama.cpp=http://127.0.0.1:8002,NAME"
 
-Random prompts of --input tokens, answers of --output (ignore_eos), at most 1, 4 and 16 at once, other prompts in each run; a warm-up
-request for each client before. How peers are started: serve_peers. `vllm`: of an environment of its own; --tokenizer: a folder of the model in transformers' form, read by the client.
-Sides are loaded in turn, client by client. Times are the client's own: TTFT, TPOT = (last - first) / (tokens - 1), in ms.
+Random prompts of --input tokens, answers of --output (ignore_eos), at most 1, 4 and 16 at once, other prompts in each run; a warm-up request for each
+client before. How peers are started: serve_peers. `vllm`: of an environment of its own; --tokenizer: a folder of the model in transformers' form,
+read by the client. Sides are loaded in turn, client by client. Times are the client's own: TTFT, TPOT = (last - first) / (tokens - 1), in ms.
 """
 
 from __future__ import annotations
