@@ -11,17 +11,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lilliput.base.show import Show
-from lilliput.models import products
-from lilliput.ops import fp8
 from lilliput.papers import fp8 as paper
 
 SIZES = {"2 layers, 64 wide": (2, 64), "3 layers, 96 wide": (3, 96), "6 layers, 160 wide": (6, 160)}
@@ -45,36 +41,23 @@ def interval(out: Path, steps: int, show: Show, sizes: int) -> list[dict[str, An
     return rows
 
 
-@contextmanager
-def recorded(into: list[dict[str, Any]], step: list[int]) -> Iterator[None]:
-    """Notes b and kind of every tensor that is coded."""
-    encode = fp8.encode
-
-    def noting(kind: str, x: torch.Tensor, format: str, bias: int | None = None) -> fp8.Coded:
-        coded = encode(x, format, bias)
-        into.append({"step": step[0], "tensor": kind, "b": round(-math.log2(float(coded.unscale)))})
-        return coded
-
-    products.encode = lambda x, *rest: noting("weights" if isinstance(x, torch.nn.Parameter) else "activations", x, *rest)  # type: ignore[attr-defined]
-    fp8.encode = lambda *args: noting("gradients", *args)
-    try:
-        yield
-    finally:
-        products.encode, fp8.encode = encode, encode  # type: ignore[attr-defined]
-
-
 def biases(out: Path, steps: int, show: Show) -> list[dict[str, Any]]:
-    """Counts of (kind, b) in the first and the last tenth of training."""
-    notes: list[dict[str, Any]] = []
-    step = [0]
-    with recorded(notes, step):
-        paper.trained(paper.room(), 0, steps=steps, watch=lambda rig, done: step.__setitem__(0, done + 1))
+    """Counts of (kind, b) in the first and the last tenth of training, all Linears together; of each Linear: the run's own biases.csv and biases.png."""
+    held: list[Any] = []
+    rooms = {"fp8": paper.room()["fp8"].model_copy(update={"histogram": True})}
+    paper.trained(rooms, 0, steps=steps, watch=lambda rig, done: held.append(rig) if done == steps - 1 else None)
+    (out / "linears").mkdir(parents=True, exist_ok=True)
+    show.line(held[0].exports["fp8"](held[0], out / "linears"))
+    with (out / "linears" / "biases.csv").open() as file:
+        notes = [{name: int(value) if value.lstrip("-").isdigit() else value for name, value in row.items()} for row in csv.DictReader(file)]
     rows, figure = [], _figure(3)
     for axes, kind in zip(figure.axes, ("weights", "activations", "gradients"), strict=True):
-        for name, chosen in (("first tenth", lambda n: n < steps // 10), ("last tenth", lambda n: steps * 9 // 10 <= n < steps)):
-            found = [n["b"] for n in notes if n["tensor"] == kind and chosen(n["step"])]
-            counts = {b: found.count(b) for b in sorted(set(found))}
-            rows += [{"tensor": kind, "when": name, "b": b, "count": count} for b, count in counts.items()]
+        for name, first, last in (("first tenth", 0, steps // 10), ("last tenth", steps * 9 // 10, steps)):
+            counts: Counter[int] = Counter()
+            for note in notes:
+                if note["tensor"] == kind and first <= note["first step"] < last:
+                    counts[note["b"]] += note["count"]
+            rows += [{"tensor": kind, "when": name, "b": b, "count": counts[b]} for b in sorted(counts)]
             axes.bar([b + (0.2 if name[0] == "l" else -0.2) for b in counts], counts.values(), width=0.4, label=name)
             show.line(f"{kind}, {name}: b from {min(counts)} to {max(counts)}")
         axes.set(title=kind, xlabel="b = floor(log2(largest / amax))")

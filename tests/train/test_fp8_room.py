@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from lilliput.base.hardware import declared
 from lilliput.base.job import Job
 from lilliput.memory.meter import Meter, storage_bytes
 from lilliput.models import products
+from lilliput.models.exponents import Exponents
 from lilliput.models.facts import facts
 from lilliput.models.sizes import PRESETS
 from lilliput.ops import fp8
@@ -61,14 +65,16 @@ def test_products_counted_by_the_meter() -> None:
 
 
 def test_weights_are_coded_once_a_step_and_shared_inputs_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = spy(monkeypatch, products, "encode")
+    calls = spy(monkeypatch, fp8.Scaling, "coded")  # (scaling, kind, tensor)
     rig = make_rig({"fp8": Fp8()})
-    weights = lambda: sum(isinstance(a[0], torch.nn.Parameter) for a in calls)
+    of = lambda kind: sum(a[1] == kind for a in calls)
+    weights = lambda: of("weights")
     for step in range(2):
         calls.clear()
         rig.step(random_batch(TINY.vocab, micros=3), 1e-2, step)
         assert weights() == COUNT
-        assert len(calls) - weights() == 3 * 4 * 4, "a block has four inputs: of q, k, v; of o; of gate, up; of down"
+        assert of("gradients") == 3 * COUNT
+        assert of("activations") == 3 * 4 * 4, "a block has four inputs: of q, k, v; of o; of gate, up; of down"
     calls.clear()
     rig.evaluate(random_batch(TINY.vocab, micros=2))
     rig.evaluate(random_batch(TINY.vocab, micros=2))
@@ -237,3 +243,33 @@ def test_a_paged_optimizer_counts_the_codes() -> None:
         for one in (rig, plain):
             one.step(random_batch(TINY.vocab), 1e-2, step)
     assert all(torch.equal(p, plain.trainable()[n]) for n, p in rig.trainable().items())
+
+
+@pytest.mark.parametrize("rooms", [{}, {"remat": Remat(every=2)}, {"qlora": Qlora(rank=4)}], ids=lambda rooms: "+".join(rooms) or "alone")
+def test_exponents_are_counted_and_change_nothing(rooms: dict, tmp_path: Path) -> None:
+    """Of each Linear: its weight once a step, its input, its gradient; the b of every one is floor(log2(largest / amax))."""
+    plain, told = make_rig({"fp8": Fp8(), **rooms}, budget={"device": 1 << 40}), make_rig({"fp8": Fp8(histogram=True), **rooms}, budget={"device": 1 << 40})
+    for step in range(3):
+        assert plain.step(random_batch(TINY.vocab, micros=1, seed=step), 1e-2, step) == told.step(random_batch(TINY.vocab, micros=1, seed=step), 1e-2, step)
+    assert plain.meter.peak == told.meter.peak == told.plan.predicted["bytes"]
+    said = told.exports["fp8"](told, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "biases.csv").open()))
+    count = lambda tensor, linear: sum(int(r["count"]) for r in rows if (r["tensor"], r["linear"]) == (tensor, linear))
+    assert count("gradients", "layers.1.attn.k_proj") == 3
+    assert count("activations", "layers.1.attn.q_proj") == 3 and not count("activations", "layers.1.attn.k_proj"), "whoever reads first"
+    if "qlora" not in rooms:
+        assert count("weights", "layers.1.mlp.up_proj") == 3 and {r["linear"] for r in rows} == set(linears(told.facts))
+        first = {int(r["b"]) for r in rows if r["tensor"] == "weights" and r["linear"] == "layers.1.mlp.up_proj" and r["first step"] == "0"}
+        fresh = make_rig({}).model.layers[1].mlp.up_proj.weight
+        assert first == {math.floor(math.log2(448 / float(fresh.detach().abs().max())))}
+    assert (tmp_path / "biases.png").read_bytes()[:4] == b"\x89PNG" and "gradients" in said
+
+
+def test_spans_of_time_are_halved_when_they_are_full() -> None:
+    clock = SimpleNamespace(step=0)
+    seen = Exponents(clock)
+    for step in range(200):
+        clock.step = step
+        seen.note("a", "weights", fp8.encode(torch.ones(4), "e4m3fn"))
+    assert seen.width == 4 and {span for span, *_ in seen.counts} == set(range(50)) and set(seen.counts.values()) == {4}
+    assert {b for *_, b in seen.counts} == {8}, "448 holds 1 times 2^8"

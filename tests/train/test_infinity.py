@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -313,19 +314,29 @@ def test_tiles_start_from_the_same_weights_and_stay_near(tmp_path: Path) -> None
 
 
 def widest(tiles: int, cap: int, rows: int = 8) -> int:
-    """The widest MLP of a block whose step fits when no allocation may be larger than `cap`."""
+    """The widest MLP of a block whose step is not refused when no piece of memory is larger than `cap`."""
     width = 0
     for ffn in (64, 128, 256, 512, 1024, 2048):
         spec = DecoderSpec("llama", vocab=32, dim=64, layers=1, heads=2, kv_heads=2, head_dim=32, ffn=ffn, context=32)
         rig = make_rig({"infinity": Infinity(tiles=tiles)} if tiles > 1 else {}, spec, sequences=1, tokens=rows)
-        weights = list(rig.model.parameters())
-        blocks = [p for p in weights if p.dim() > 1 and p.shape[0] != spec.vocab]
-        with Meter(watch=weights) as meter:
-            rig.step(random_batch(32, micros=1, sequences=1, tokens=rows), 1e-2, 0)
-        if max(meter.largest, *(4 * p.numel() for p in blocks)) > cap:
+        try:
+            with Meter(watch=rig.model.parameters(), contiguous=cap):
+                rig.step(random_batch(32, micros=1, sequences=1, tokens=rows), 1e-2, 0)
+        except DoesNotFit as refused:
+            assert "in one piece" in refused.what
             break
         width = ffn
     return width
+
+
+def test_a_sixteenth_of_a_layer_in_one_piece() -> None:
+    """A device without a larger free piece than a sixteenth of the MLP refuses the layer as it is and takes it in 16 tiles."""
+    spec = DecoderSpec("llama", vocab=32, dim=64, layers=1, heads=2, kv_heads=2, head_dim=32, ffn=1024, context=32)
+    cap = 4 * spec.dim * spec.ffn // 16
+    for tiles, fits in ((1, False), (16, True)):
+        rig = make_rig({"infinity": Infinity(tiles=tiles)}, spec, sequences=1, tokens=4)
+        with nullcontext() if fits else pytest.raises(DoesNotFit, match="in one piece"), Meter(watch=rig.model.parameters(), contiguous=cap):
+            rig.step(random_batch(32, micros=1, sequences=1, tokens=4), 1e-2, 0)
 
 
 def test_tiles_make_layers_eight_times_wider_in_the_same_contiguous_bytes() -> None:

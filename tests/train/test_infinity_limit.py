@@ -59,13 +59,46 @@ if folder:
 """
 
 
+BUILD = """
+import math, sys
+from pathlib import Path
+from rigs import make_rig
+from lilliput.base import hardware
+from lilliput.memory.outside import Resident
+from lilliput.models.spec import DecoderSpec
+from lilliput.train.infinity import Infinity
+spec = DecoderSpec("llama", vocab=2048, dim=512, layers=12, heads=8, kv_heads=8, head_dim=64, ffn=1376, context=64, tied=True)
+shapes = [4 * math.prod(shape) for shape in spec.shapes().values()]
+assert hardware.few_holes(sum(shapes) // 3) is None
+room = lambda name: {"infinity": Infinity(parameters="disk", optimizer="disk", folder=str(Path(sys.argv[1]) / name))}
+small = make_rig(room("small"))  # libraries are loaded now
+small.close(small)
+for name, rooms in (("on disk", room("large")), ("in memory", {})):
+    with Resident() as process:
+        rig = make_rig(rooms, spec)
+    sys.stdout.write(f"{name} {process.peak - process.before} of {sum(shapes)} {max(shapes)}\\n")
+    rig.close(rig)
+"""
+
+
+def test_a_model_three_times_the_limit_is_built_within_it_and_its_largest_parameter(tmp_path: Path) -> None:
+    """By the kernel's count of the whole process; the disk's pool of buffers (25 MB) is in it. 156 MB of weights."""
+    answer = subprocess.run([sys.executable, "-c", BUILD, str(tmp_path)], capture_output=True, text=True, timeout=240, env=surroundings(), check=False)
+    assert answer.returncode == 0, answer.stderr[-800:]
+    (disk, whole, largest), (memory, _, _) = ([int(w) for w in line.split() if w.isdigit()] for line in answer.stdout.splitlines())
+    assert disk <= whole // 3 + largest and memory >= 0.95 * whole, answer.stdout
+
+
+def surroundings() -> dict[str, str]:
+    """The environment of a run of its own, with glibc as it comes."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | {"OMP_NUM_THREADS": "1"}
+    return environment | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")])}
+
 
 def trained(folder: Path | None, *numbers: int, timeout: float) -> tuple[list[str], str]:
     """Losses and norms in hexadecimal, and what was said, of a run of its own. numbers: layers, width, inner width, budget, steps."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", RUN, str(folder or ""), *map(str, numbers)]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=surroundings(), check=False)
     assert answer.returncode == 0, answer.stderr[-1500:]
     sys.stdout.write(answer.stderr)
     return answer.stdout.splitlines(), answer.stderr

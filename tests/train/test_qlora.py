@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,10 @@ from lilliput.models.facts import facts
 from lilliput.models.sizes import PRESETS
 from lilliput.ops.float_codecs import NF4
 from lilliput.ops.nf4 import Nf4
+from lilliput.parallel.rig import Rig
 from lilliput.plan.estimate import estimate_training
+from lilliput.train.fp8 import Fp8
+from lilliput.train.infinity import Infinity
 from lilliput.train.lora import Lora, adapted, merge
 from lilliput.train.qlora import Qlora
 from lilliput.train.remat import Remat
@@ -167,6 +171,53 @@ def test_we_read_what_peft_writes(tmp_path: Path) -> None:
     ours = make_rig({"qlora": Qlora(rank=4, alpha=8.0, adapter=str(tmp_path / "adapter"))}).model.eval()
     tokens = random_batch(TINY.vocab, micros=1)[0].tokens_BT
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_merged_into_the_original_weights(tmp_path: Path) -> None:
+    """model/ is then the weights from before the rounding plus the update, and what is reported is what it computes."""
+    rooms = {"qlora": Qlora(rank=4, alpha=8.0, merge="original")}
+    rig, usual, fresh = (make_rig(r) for r in (rooms, {"qlora": Qlora(rank=4, alpha=8.0)}, {}))
+    for step in range(2):
+        for one in (rig, usual):
+            one.step(random_batch(TINY.vocab, seed=step), 1e-2, step)
+    said = rig.exports["adapter"](rig, tmp_path)
+    told = json.loads((tmp_path / "merge.json").read_text())
+    assert f"{told['rms']:.4f}" in said and (tmp_path / "adapter_model.safetensors").is_file()
+    tokens = torch.randint(TINY.vocab, (1, min(128, TINY.context)), generator=torch.Generator().manual_seed(0))
+    for name, linear in ((f"{path}.weight", m) for path, m in adapted(rig.model)):
+        update = linear.deltas["lora"].weight().detach()
+        torch.testing.assert_close(rig.weight(rig, name), fresh.model.get_parameter(name).detach() + update, atol=0, rtol=0)
+        assert torch.equal(usual.weight(usual, name), linear.whole("weight") + update), "the usual way: what was trained over"
+    with torch.no_grad():
+        trained = usual.model.eval()(tokens)
+        assert torch.equal(rig.model.eval()(tokens), trained), "the rig is as it was"
+        decoded, original = (copied(fresh, one)(tokens) for one in (usual, rig))
+    torch.testing.assert_close(decoded, trained, atol=1e-4, rtol=1e-4)
+    assert told["rms"] == pytest.approx(float((original - trained).square().mean().sqrt()), rel=1e-3) and told["rms"] > 1e-3 * told["of"]
+
+
+def copied(plain: Rig, rig: Rig) -> torch.nn.Module:
+    """A plain model with the weights that the rig's files hold."""
+    for name in rig.facts.shapes:
+        plain.model.get_parameter(name).data.copy_(rig.weight(rig, name))
+    return plain.model.eval()
+
+
+@pytest.mark.parametrize("rooms", [{"infinity": Infinity(tiles=2)}, {"fp8": Fp8()}], ids="+".join)
+def test_what_a_merge_reports_beside_others(rooms: dict, tmp_path: Path) -> None:
+    rig = make_rig({"qlora": Qlora(rank=4, merge="original", double=False), **rooms})
+    rig.exports["adapter"](rig, tmp_path)
+    told = json.loads((tmp_path / "merge.json").read_text())
+    assert 0 < told["rms"] < told["largest"] and told["rms"] < 0.5 * told["of"]
+
+
+def test_an_adapters_state_is_rank_times_in_plus_out() -> None:
+    rig = make_rig({"qlora": Qlora(rank=4)})
+    sizes = {name.partition(".deltas.")[0]: 0 for name in rig.trainable()}
+    for name, parameter in rig.trainable().items():
+        sizes[name.partition(".deltas.")[0]] += parameter.numel()
+    shapes = {path: 4 * sum(rig.facts.shapes[f"{path}.weight"]) for path in sizes}
+    assert sizes == shapes and storage_bytes(rig.optimizer.state().values()) == 8 * sum(shapes.values())
 
 
 def q4_blocks(outputs: int, inputs: int, kind: str = "Q4_1", seed: int = 0) -> np.ndarray:

@@ -365,7 +365,8 @@ class _Loop:
         save_model(folder / "model", lambda name: self.rig.weight(self.rig, name), self.spec, self.tokenizer, dtype=self.job.top.dtype, lineage=lineage)
         for name, write in self.rig.exports.items():
             with records.atomic_folder(folder / name) as building:
-                write(self.rig, building)
+                told = write(self.rig, building)
+            self.show.line(told or f"wrote {folder / name}")
         loss_curve(rows, folder, f"{self.job.top.model}: {self.job.train.steps} steps")
         self.show.line(f"wrote {folder / 'model'}")
 

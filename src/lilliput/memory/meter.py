@@ -3,7 +3,7 @@
 A dispatch mode sees every op, forward and backward. Each new storage is counted once when an op returns it and taken
 off when Python and autograd have let it go, so the figures are exact and do not depend on the allocator, on the page
 cache or on other processes. What it cannot see: memory inside one kernel (workspaces), and storages made before it
-began (`known` leaves them out for good, `adopt` counts them). Costs ~10 us an op: only runs with a budget train under it.
+began (`known` leaves them out for good, `adopt` counts them). Costs 80 us an op and more on a busy core (benchmarks/memory.md): only runs with a budget train under it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ class Meter(TorchDispatchMode):
 
     Only storages created inside the block count, and those of `watch`, whose sizes are looked up at every operation. `mark()` restarts
     the peak at what is alive now. `budget` (tier -> bytes) is enforced: DoesNotFit at the first operation whose result does not fit,
-    after `relieve` was asked to free the missing bytes of the device tier. What is made under `placing` is another tier's.
+    after `relieve` was asked to free the missing bytes of the device tier. What is made under `placing` is another tier's. `contiguous`: bytes
+    that one storage may have at most (a fragmented device), watched ones too; enforced.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = (), budget: Mapping[str, int] | None = None, relieve: Callable[[int], None] | None = None,
-                 watch: Iterable[torch.Tensor] = ()) -> None:  # fmt: skip
+                 watch: Iterable[torch.Tensor] = (), contiguous: int | None = None) -> None:  # fmt: skip
         super().__init__()
+        self.contiguous = contiguous
         self.tiers: dict[str, list[int]] = {"device": [0, 0]}  # tier -> [live, peak] bytes
         self.budget, self.relieve = dict(budget or {}), relieve
         self._tier = "device"
@@ -99,6 +101,7 @@ class Meter(TorchDispatchMode):
     def _look(self) -> None:
         if not self._watched:
             return
+        self._whole(max(storage.nbytes() for storage in self._watched))
         now, tier = sum(storage.nbytes() for storage in self._watched), self.tiers["device"]
         tier[0] += now - self.visiting
         tier[1], self.visiting = max(tier), now
@@ -107,10 +110,16 @@ class Meter(TorchDispatchMode):
             raise DoesNotFit("what came to the device does not fit", f"{size(tier[0])} are in use, {size(limit)} is the budget",
                              f"{tier[0]} bytes would be enough here")  # fmt: skip
 
+    def _whole(self, count: int) -> None:
+        if self.contiguous is not None and count > self.contiguous:
+            why = f"no piece of free memory is larger than {size(self.contiguous)}"
+            raise DoesNotFit(f"{size(count)} in one piece are refused", why, "smaller tensors (infinity.tiles)")
+
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, count = storage._cdata, storage.nbytes()
         if key in self._seen or count == 0:
             return
+        self._whole(count)
         tier = self.tiers.setdefault(self._tier, [0, 0])
         limit = self.budget.get(self._tier)
         if limit is not None and tier[0] + count > limit and self._tier == "device" and self.relieve is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.models.layers import Linear
-from lilliput.ops.fp8 import FORMATS, Coded, Scaling, encode, linear
+from lilliput.ops.fp8 import FORMATS, Coded, Scaling, linear
 
 
 class Reads:
@@ -25,7 +25,7 @@ class Reads:
     def codes(self, x: Tensor, scaling: Scaling) -> Coded:
         """The codes of x for its next reader."""
         if self.held is None or self.x is not x:
-            self.x, self.held, self.left = x, encode(x.detach(), scaling.forward, scaling.bias), self.readers
+            self.x, self.held, self.left = x, scaling.coded("activations", x.detach()), self.readers
         held, self.left = self.held, self.left - 1
         if self.left == 0:
             self.x = self.held = None
@@ -59,7 +59,7 @@ class Fp8(nn.Module):
         stamp = (weight.data_ptr(), weight._version)
         if self.codes is None or self.unscale is None or self.stamp == stamp:
             return False
-        for old, new in zip((self.codes, self.unscale), encode(weight, self.scaling.forward, self.scaling.bias), strict=True):
+        for old, new in zip((self.codes, self.unscale), self.scaling.coded("weights", weight), strict=True):
             old.copy_(new)
         self.stamp = stamp
         return True

@@ -46,11 +46,19 @@ class Coded(NamedTuple):
 
 @dataclass(frozen=True)
 class Scaling:
-    """Formats of weights and activations, and of gradients; `bias`: CSCALE's b, None = AMAX."""
+    """Formats of weights and activations, and of gradients; `bias`: CSCALE's b, None = AMAX. `note(kind, codes)`: told of whatever is coded."""
 
     forward: str = "e4m3fn"
     backward: str = "e5m2"
     bias: int | None = None
+    note: Callable[[str, Coded], None] | None = None
+
+    def coded(self, kind: str, x: Tensor) -> Coded:
+        """The codes of one of the "weights", "activations" or "gradients"."""
+        codes = encode(x, self.backward if kind == "gradients" else self.forward, self.bias)
+        if self.note is not None:
+            self.note(kind, codes)
+        return codes
 
 
 def exponents(top: Tensor, largest: float) -> Tensor:
@@ -161,7 +169,7 @@ class _Linear(torch.autograd.Function):
         x_codes, x_unscale, w_codes, w_unscale = ctx.saved_tensors
         x_dtype, w_dtype, bias_dtype = ctx.dtypes
         flat = grads[0].reshape(-1, grads[0].shape[-1])
-        g_MN = encode(flat, ctx.scaling.backward, ctx.scaling.bias)
+        g_MN = ctx.scaling.coded("gradients", flat)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             w_NK = Coded(w_codes, w_unscale) if w_unscale is not None else _coded(w_codes, ctx.scaling, ctx.decode)
@@ -174,7 +182,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _coded(weight: Tensor, scaling: Scaling, decode: Callable[[Tensor], Tensor] | None) -> Coded:
-    return encode(matrix(weight, decode), scaling.forward, scaling.bias)
+    return scaling.coded("weights", matrix(weight, decode))
 
 
 def linear(

@@ -87,7 +87,7 @@ class Rig:
     computes: tuple[str, ...] = ()  # dtypes that rooms put activations into
     blocks: Callable[[str], tuple[str, Any] | None] = lambda name: None  # (GGUF type, rows of blocks) of a matrix that its file holds quantised
     meter: Any = None  # memory.meter.Meter: counts what a step makes against its budget, where it has one
-    exports: Mapping[str, Callable[[Rig, Path], None]] = field(default_factory=dict)  # folder name -> writer
+    exports: Mapping[str, Callable[[Rig, Path], str | None]] = field(default_factory=dict)  # folder name -> writer; what it answers is shown
     weight: Callable[[Rig, str], torch.Tensor] = lambda rig, name: whole(rig.model, name)  # as files hold it
 
     def step(self, batch: Sequence[MicroBatch], learning_rate: float, number: int) -> Sums:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -44,6 +45,7 @@ class Fp8(Section):
     bias: int = Field(0, ge=-126, le=126, description="cscale: the exponent b of that power; 0 = unscaled")
     forward: Format = Field("e4m3fn", description="format of weights and activations")
     backward: Format = Field("e5m2", description="format of gradients")
+    histogram: bool = Field(False, description="count the exponents of each Linear's tensors and write them to fp8/ (CSV, PNG); 2 us each on a CPU")
 
     def acts(self) -> Mapping[Phase, Callable[[Rig], Rig]]:
         """Sets the `product` slot of the Linears in the blocks; keeps the codes of their weights up to date."""
@@ -81,23 +83,29 @@ class Fp8(Section):
 
     def swap(self, rig: Rig) -> Rig:
         """One product a Linear, and one an adapter's A; those that read the same tensor share its codes."""
+        from lilliput.models.exponents import Exponents
         from lilliput.models.products import Fp8 as Product
         from lilliput.models.products import Reads
         from lilliput.ops.fp8 import FORMATS, Scaling
 
         scaling = Scaling(self.forward, self.backward, None if self.scaling == "amax" else self.bias)
+        exponents = Exponents(rig.counter) if self.histogram else None
         shared: dict[tuple[str, ...], Reads] = {}  # readers are counted as they are found
         for path in linears(rig.facts):
             linear, together = rig.model.get_submodule(path), readers(rig.facts, path)
+            scaling = scaling if exponents is None else replace(scaling, note=partial(exponents.note, path))
             reads = shared.setdefault(together, Reads(0))
             linear.product = Product(scaling, reads)
             reads.readers += 1
-            for delta in linear.deltas.values():
+            for name, delta in linear.deltas.items():
+                scaling = scaling if exponents is None else replace(scaling, note=partial(exponents.note, f"{path}.{name}"))
                 alone = delta.dropout is not None  # it reads what dropout leaves
                 delta.product = Product(scaling, Reads(1) if alone else reads)
                 reads.readers += 0 if alone else 1
             if linear.codec is None and rig.home(f"{path}.weight").tier == "device":
                 linear.product.room(linear.weight, rig.device)
+        if exponents is not None:
+            rig = replace(rig, exports={**rig.exports, "fp8": lambda rig, folder: exponents.write(folder)})
         return replace(rig, computes=(*rig.computes, str(FORMATS[self.forward]).removeprefix("torch.")))
 
     def keep_fresh(self, rig: Rig) -> Rig:

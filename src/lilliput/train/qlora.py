@@ -7,7 +7,8 @@ the dtype of a CUDA run): a matrix is decoded for one product and let go, in the
 Gain: the Linears of the blocks take 1/7.75 (file: 1/7.1) of their fp32 bytes; gradients and moments exist for the adapter only.
 Cost: two decodings a matrix and micro-batch (three under remat), and with nf4 the model starts from the rounded weights, not
 from the file's: small models lose most. Embedding, norms and head stay as they are stored.
-The run writes model/ (decoded, the update merged) and adapter/, which peft reads over a base rounded the same way.
+The run writes adapter/, which peft reads over a base rounded the same way, and model/ with the update merged into the decoded weights, those it was
+trained over; `merge=original`: into the weights from before the rounding, and how far the logits are then from the trained ones (adapter/merge.json).
 Skip it when the base fits as it is: lora is faster and starts from the exact model.
 
 Dettmers et al. 2023, arXiv 2305.14314; published: 65B fine-tuned in 48 GB instead of 780 GB.
@@ -16,17 +17,19 @@ Dettmers et al. 2023, arXiv 2305.14314; published: 65B fine-tuned in 48 GB inste
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from lilliput.base import records
 from lilliput.base.errors import UserError
 from lilliput.base.facts import Facts
 from lilliput.base.ledger import Ledger, Term
 from lilliput.base.protocols import Phase, Site
 from lilliput.ops.four_bits import BLOCKS, SECOND, SECTIONS
-from lilliput.train.lora import Lora
+from lilliput.train.lora import Lora, merged
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,10 +45,11 @@ class Qlora(Lora):
 
     storage: Literal["nf4", "file"] = Field("nf4", description="what the base is kept in: NF4, or the 4-bit numbers of the GGUF that it comes from")
     double: bool = Field(True, description="quantise the blocks' scales too, to int8")
+    merge: Literal["decoded", "original"] = Field("decoded", description="what model/ adds the update to: the base in 4 bits decoded, or the weights before")
 
     def acts(self) -> Mapping[Phase, Callable[[Rig], Rig]]:
         """Sets the `codec` slot of every Linear in the blocks, then the `deltas` slot of the chosen ones."""
-        return {Phase.SWAP: lambda rig: self.adapt(self.quantise(rig))}
+        return {Phase.SWAP: self.swap}
 
     def refuses(self, others: Mapping[str, Any], facts: Facts) -> str | None:
         """Refuses what lora refuses, lora itself, and matrices that are not made of whole blocks."""
@@ -71,6 +75,22 @@ class Qlora(Lora):
     def stored(self, facts: Facts) -> dict[str, tuple[int, int]]:
         """Module path -> (out, in) of every Linear that is stored in 4 bits."""
         return self.model_copy(update={"targets": ("all",)}).chosen(facts)
+
+    def swap(self, rig: Rig) -> Rig:
+        """Quantise, adapt, and say which weights model/ is made of."""
+        adapted = self.adapt(self.quantise(rig))
+        if self.merge == "decoded":
+            return adapted
+        originals = Originals(rig, frozenset(self.stored(rig.facts)))
+        return replace(adapted, weight=originals.merged, exports={**adapted.exports, "adapter": lambda now, folder: self.report(now, folder, originals)})
+
+    def report(self, rig: Rig, folder: Path, originals: Originals) -> str:
+        """Write the adapter, and beside it how far model/ is from what was trained; the same as a sentence."""
+        self.write(rig, folder)
+        apart = originals.apart(rig)
+        records.write_json(folder / "merge.json", {"base": "original", **apart})
+        figures = f"logits {apart['rms']:.4f} apart from the trained ones (rms {apart['of']:.2f}, largest {apart['largest']:.2f})"
+        return f"model/ has the update over the original weights: {figures}"
 
     def quantise(self, rig: Rig) -> Rig:
         """Give each Linear its codec and, for its weight, as many bytes; they are made from what the weight's own source gives."""
@@ -120,3 +140,67 @@ class Qlora(Lora):
         """Of a matrix of so many weights: 4 bits each; a block's scale in int8 (or fp32), an fp32 step each 256 of them and their mean; in
         storage=file the same twice, for scales and offsets (or both in fp16)."""
         return sum(SECTIONS[self.storage](weights, self.double))
+
+
+@dataclass(frozen=True)
+class Originals:
+    """The weights from before the rounding, read again one by one. before: the rig that had them; stored: paths of the Linears in 4 bits."""
+
+    before: Rig
+    stored: frozenset[str]
+
+    def read(self, path: str) -> Tensor:
+        """The fp32 matrix of a Linear."""
+        name = f"{path}.weight"
+        return self.before.source(name)(name, self.before.facts.shapes[name], self.before.seed).float()
+
+    def merged(self, rig: Rig, name: str) -> Tensor:
+        """A parameter as files hold it: the original, with the update where there is one."""
+        path, _, leaf = name.rpartition(".")
+        if leaf != "weight" or path not in self.stored:
+            return merged(rig, name)
+        deltas, value = rig.model.get_submodule(path).deltas, self.read(path)
+        return value + deltas["lora"].weight().detach() if "lora" in deltas else value
+
+    def apart(self, rig: Rig) -> dict[str, float]:
+        """Logits over the original weights less those over the base in 4 bits, on 128 random tokens: their rms, the largest, the rms of the logits."""
+        import torch
+
+        spec = rig.model.spec
+        tokens_BT = torch.randint(spec.vocab, (1, min(128, spec.context)), generator=torch.Generator().manual_seed(0)).to(rig.device)
+        logits = []
+        rig.model.eval()
+        with torch.no_grad():
+            for decode in (None, self.read):
+                held = self.decoding(rig.model, decode) if decode else {}
+                logits.append(rig.model(tokens_BT))
+                for linear, codec in held.items():
+                    linear.codec = codec
+        difference = logits[1] - logits[0]
+        rms = lambda t: float(t.square().mean().sqrt())
+        return {"rms": rms(difference), "largest": float(difference.abs().max()), "of": rms(logits[0])}
+
+    def decoding(self, model: Any, read: Callable[[str], Tensor]) -> dict[Any, Any]:
+        """Have every stored Linear read its matrix; Linear (or tile of one) -> the codec that it had."""
+        held = {}
+        for path in self.stored:
+            linear = model.get_submodule(path)
+            for number, part in enumerate(linear.tiles or [linear]):
+                held[part] = part.codec
+                part.codec = Reading(part.codec.bytes, path, read, number, max(1, len(linear.tiles)))
+        return held
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Stands where a codec stands and reads the matrix elsewhere."""
+
+    bytes: int
+    path: str
+    read: Callable[[str], Tensor]
+    number: int
+    count: int
+
+    def decode(self, stored: Tensor) -> Tensor:
+        """The matrix, or one of `count` equal pieces of its rows."""
+        return self.read(self.path).to(stored.device).chunk(self.count)[self.number]
