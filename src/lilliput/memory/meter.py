@@ -3,7 +3,8 @@
 A dispatch mode sees every op, forward and backward. Each new storage is counted once when an op returns it and taken
 off when Python and autograd have let it go, so the figures are exact and do not depend on the allocator, on the page
 cache or on other processes. What it cannot see: memory inside one kernel (workspaces), and storages made before it
-began (`known` leaves them out for good, `adopt` counts them). Costs 80 us an op and more on a busy core (benchmarks/memory.md): only runs with a budget train under it.
+began (`known` leaves them out for good, `adopt` counts them). Costs 80 us
+an op and more on a busy core (benchmarks/memory.md): only runs with a budget train under it.
 """
 
 from __future__ import annotations
