@@ -117,6 +117,15 @@ def test_a_finished_run_is_not_run_again_and_more_steps_extend_it(text: Path, tm
     assert kept == [r for r in curve(tmp_path / "whole") if r[1] is not None]
 
 
+@pytest.mark.parametrize("room", ["offload.tile=8192", "offload.delay=3"])
+def test_the_last_held_out_loss_is_that_of_the_model_that_is_written(room: str, text: Path, tmp_path: Path) -> None:
+    """A delayed update is still on its way after the last step, and predicted weights are ahead of it."""
+    more = dict([room.split("=")])
+    first = run(text, tmp_path / "run", **more)
+    again = {**more, "model": str(tmp_path / "run" / "model"), "train.init": "weights", "train.steps": "1"}
+    assert run(text, tmp_path / "again", **again).eval_before == first.eval_after != first.eval_before
+
+
 def test_micro_batches_do_not_change_the_step(text: Path, tmp_path: Path) -> None:
     plain = {"train.dropout": "0", "train.steps": "4"}
     run(text, tmp_path / "two", **plain, **{"train.micro_batch": "2"})

@@ -267,11 +267,8 @@ class _Loop:
         """The loop itself."""
         settings, show = self.job.train, self.show
         micros = settings.tokens_per_step // (self.micro * self.job.data.sequence)
-        losses, tokens, before, interrupted, saved_at = [], 0, None, False, self.start
-        if self.start == 0:
-            before = self._evaluate(0)
-        else:
-            before = next((r["eval_loss"] for r in self.run.read_metrics() if "eval_loss" in r and r["step"] == 0), None)
+        tokens, interrupted, saved_at = 0, False, self.start
+        before = self._evaluate(0)
         after, done, computing = before, self.start, 0.0
         with stoppable() as stop, show.bar(settings.steps, "train", done=self.start) as bar, self._board() as board:
             for step in range(self.start, settings.steps):
@@ -281,7 +278,6 @@ class _Loop:
                 sums = self.rig.step(batch, rate, step)
                 spent = time.monotonic() - begin
                 done, computing, tokens = step + 1, computing + spent, tokens + settings.tokens_per_step
-                losses.append(sums.mean)
                 event = self._event(done, sums, rate, spent, computing / (done - self.start))
                 self.run.metrics(event)
                 board(event)
@@ -289,12 +285,15 @@ class _Loop:
                 if not math.isfinite(sums.norm):
                     show.line(f"step {done}: the gradient norm is {sums.norm}; the update was skipped")
                 interrupted = stop.requested
-                if done == settings.steps or (settings.eval_every and done % settings.eval_every == 0):
-                    after = self._evaluate(done) if not interrupted else after
+                if settings.eval_every and done % settings.eval_every == 0 and done < settings.steps and not interrupted:
+                    after = self._evaluate(done)
                 if interrupted or done == settings.steps or (settings.save_every and done % settings.save_every == 0):
                     saved_at = self._save(done)
                 if interrupted:
                     break
+            if not interrupted:
+                self.rig.flush(self.rig)  # the weights that are exported
+                after = self._evaluate(done)
         self._write_plans()
         if self.rig.meter.budget:
             show.line(f"most bytes: {', '.join(f'{name} {size(int(count))}' for name, count in self._counted().items())}")
@@ -316,8 +315,9 @@ class _Loop:
         }  # fmt: skip
 
     def _evaluate(self, step: int) -> float | None:
-        if self.held is None:
-            return None
+        known = next((float(r["eval_loss"]) for r in self.run.read_metrics() if "eval_loss" in r and r["step"] == step), None)
+        if self.held is None or known is not None:  # a run that goes on has found it already
+            return known
         sums = self.rig.evaluate(self.held.eval_batches(self.micro, self.job.train.eval_tokens))
         self.run.metrics({"step": step, "eval_loss": sums.mean, "eval_targets": sums.weight})
         self.show.line(f"step {step}: held-out loss {sums.mean:.4f} (perplexity {math.exp(min(50, sums.mean)):.2f}, {sums.weight} tokens)")
