@@ -6,7 +6,8 @@
     make bench X=speculation ARGS="--acceptance --model lilliput-tiny --draft lilliput-tiny-draft"  tokens a pass against the paper's formula
 
 Both sides answer the same prompts, SLICE steps of one and SLICE of the other in turns, so that a busy neighbour is none's advantage, every other pair in the
-other order; a ratio is the median of the pairs'. One pair before is not counted. Prompts are read before.
+other order; a ratio is the median of the pairs'. One pair before is not counted. Prompts are read before, and time is taken as long as all sequences
+run: behind the first that ends, a batch is smaller than what it is called, and a server would have begun another.
 Tokens are compared where they must be the same: always but for guesses that are drawn.
 
 --acceptance fixes the number of guesses gamma. (1 - alpha^(gamma + 1)) / (1 - alpha) tokens a pass are expected with alpha = accepted of those judged in
@@ -39,20 +40,23 @@ PROSE = ["The harbour was quiet that morning, and", "In the year the river froze
 
 
 def pair(sides: dict[str, Any], texts: list[str], how: Sampling) -> tuple[dict[str, float], list[Any]]:
-    """Seconds of each side's answers without their prompts, and the answers of both."""
-    took, done, asked = dict.fromkeys(sides, 0.0), {name: list[Any]() for name in sides}, {}
+    """Seconds a token of each side from its prompts' end to the end of the first answer, and the answers of both."""
+    took, tokens, done, asked = dict.fromkeys(sides, 0.0), dict.fromkeys(sides, 0), {name: list[Any]() for name in sides}, {}
     for name, engine in sides.items():
         asked[name] = [engine.add(engine.tokenizer.encode(text, special=True), how) for text in texts]
         while not all(answer.tokens for answer in engine._answers.values()):
             done[name] += engine.step()
     while any(engine.busy for engine in sides.values()):
         for name, engine in sides.items():
-            start = time.perf_counter()
             for _ in range(SLICE):
-                if engine.busy:
-                    done[name] += engine.step()
-            took[name] += time.perf_counter() - start
-    return took, [[[delta.token for delta in done[name] if delta.id == id] for id in asked[name]] for name in sides]
+                whole, start = engine.busy and len(engine._answers) == len(texts), time.perf_counter()
+                said = engine.step() if engine.busy else []
+                if whole:
+                    took[name] += time.perf_counter() - start
+                    tokens[name] += sum(delta.token is not None for delta in said)
+                done[name] += said
+    answers = [[[delta.token for delta in done[name] if delta.id == id] for id in asked[name]] for name in sides]
+    return {name: took[name] / tokens[name] for name in sides}, answers
 
 
 def timed(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
@@ -73,8 +77,8 @@ def timed(args: argparse.Namespace, show: Show) -> list[dict[str, Any]]:
                 assert said[0] == said[1] or (kind == "prose" and args.draft != "ngram"), "guesses changed an answer"
             ratios = [plain / ours for plain, ours in zip(times["plain"], times[args.draft])]
             now = sides[args.draft].stats()
-            rows.append({"text": kind, "batch": batch, "plain tok/s": round(batch * args.new / statistics.median(times["plain"])),
-                         f"{args.draft} tok/s": round(batch * args.new / statistics.median(times[args.draft])), "x": f"{statistics.median(ratios):.2f}",
+            rows.append({"text": kind, "batch": batch, "plain tok/s": round(1 / statistics.median(times["plain"])),
+                         f"{args.draft} tok/s": round(1 / statistics.median(times[args.draft])), "x": f"{statistics.median(ratios):.2f}",
                          "pairs": " ".join(f"{x:.2f}" for x in sorted(ratios)),
                          "accepted": f"{now.accepted - before.accepted}/{now.drafted - before.drafted}"})  # fmt: skip
             show.line(f"{kind}, batch {batch}: {rows[-1]['x']}")

@@ -72,15 +72,16 @@ def test_together_never_worse_and_often_better() -> None:
 
 @pytest.mark.slow
 def test_together_on_fifty_random_chains() -> None:
-    """Dear layers, their price, pages and budgets drawn: never worse than either way alone, strictly better on three of ten at least."""
+    """Dear layers, their price, pages and tight budgets (half of the activations and two at most) drawn: never worse than either way alone, strictly
+    better on three of ten at least."""
     better = feasible = 0
     for seed in range(50):
         draw = random.Random(seed)
-        layers, page = draw.randint(5, 7), float(draw.randint(1, 3))
+        layers, page = draw.randint(6, 8), float(draw.randint(1, 3))
         chain_of = training(layers, draw.randint(0, 1))
         price = {1.0: 1.0, 10.0: float(draw.randint(6, 14))}
         graph = Graph(chain_of.deps, chain_of.bytes, tuple(price[c] for c in chain_of.cost), (page,) * len(chain_of), (page,) * len(chain_of))
-        budget, costs = float(draw.randint(5, layers)), []
+        budget, costs = float(draw.randint(4, layers // 2 + 2)), []
         for again, paging in ((True, True), (True, False), (False, True)):
             try:
                 costs.append(solve(graph, budget, again=again, paging=paging).cost)

@@ -45,7 +45,7 @@ class Fp8(Section):
     bias: int = Field(0, ge=-126, le=126, description="cscale: the exponent b of that power; 0 = unscaled")
     forward: Format = Field("e4m3fn", description="format of weights and activations")
     backward: Format = Field("e5m2", description="format of gradients")
-    histogram: bool = Field(False, description="count the exponents of each Linear's tensors and write them to fp8/ (CSV, PNG); 2 us each on a CPU")
+    histogram: bool = Field(False, description="count the exponents of each Linear's tensors and write them to fp8/ (CSV, PNG)")
 
     def acts(self) -> Mapping[Phase, Callable[[Rig], Rig]]:
         """Sets the `product` slot of the Linears in the blocks; keeps the codes of their weights up to date."""

@@ -94,7 +94,8 @@ def _solve(trace: Trace, stage: Stage, crossing: frozenset[int], bound: float) -
     at, columns, values = zip(*cells, strict=True)
     matrix = sparse.csr_matrix((values, (at, columns)), shape=(len(rows), n + count))
     seconds = np.array([op.seconds for op in ops])
-    price = np.concatenate([seconds, 1e-6 * seconds.sum() * size / max(1.0, size.sum())])  # where seconds are the same, fewer bytes
+    scale = 1e4 / max(seconds.sum(), 1e-30)  # HiGHS takes differences below 1e-6 for none, and a block takes microseconds
+    price = np.concatenate([scale * seconds, 1e-2 * size / max(1.0, size.sum())])  # where seconds are the same, fewer bytes
     found = milp(price, constraints=LinearConstraint(matrix, [r[1] for r in rows], np.inf), bounds=Bounds(low, high),
                  integrality=np.array([0] * n + [1] * count), options={"time_limit": LIMIT, "mip_rel_gap": 1e-6})  # fmt: skip
     if found.x is None:

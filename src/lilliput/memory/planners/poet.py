@@ -145,7 +145,8 @@ def solve(graph: Graph, budget: float, *, again: bool = True, paging: bool = Tru
     rows, columns, values = zip(*terms, strict=True)
     matrix = sparse.csr_matrix((values, (rows, columns)), shape=(len(program.rows), count))
     limits = LinearConstraint(matrix, [r[1] for r in program.rows], [r[2] for r in program.rows])
-    found = milp(cost, constraints=limits, bounds=Bounds(low, high), integrality=whole, options={"time_limit": limit, "mip_rel_gap": 1e-6})
+    scale = 1e4 / max(sum(graph.cost), 1e-30)  # HiGHS takes differences below 1e-6 for none, and small nets take milliseconds
+    found = milp(scale * cost, constraints=limits, bounds=Bounds(low, high), integrality=whole, options={"time_limit": limit, "mip_rel_gap": 1e-6})
     if found.status == 2:
         if deadline is not None:
             solve(graph, budget, again=again, paging=paging, limit=limit)  # DoesNotFit of its own where bytes are at fault
@@ -158,7 +159,7 @@ def solve(graph: Graph, budget: float, *, again: bool = True, paging: bool = Tru
     for (letter, t, i), j in program.index.items():
         if letter in chosen and found.x[j] > 0.5:
             chosen[letter].add((t, i))
-    return Solution(float(found.fun), float(found.mip_gap or 0.0), *(frozenset(chosen[letter]) for letter in "RSDIO"))
+    return Solution(float(found.fun) / scale, float(found.mip_gap or 0.0), *(frozenset(chosen[letter]) for letter in "RSDIO"))
 
 
 def peak(graph: Graph, solution: Solution) -> float:
