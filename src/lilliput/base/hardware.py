@@ -232,7 +232,7 @@ def few_holes(budget: int) -> str | None:
     """Have each block above a 256th of the budget (64 KiB to 1 MiB) given back to the system when it is freed, for good, so that a limit on data
     (RLIMIT_DATA) of the budget and 15 % holds. None, or why it cannot be done.
 
-    Else glibc's heap keeps blocks of up to 32 MiB as holes that such a limit counts. Costs 9 to 35 % of a step's time in fresh pages (benchmarks/memory.md).
+    Else glibc's heap keeps blocks of up to 32 MiB as holes that such a limit counts. Costs 9 to 42 % of a step's time in fresh pages (benchmarks/memory.md).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

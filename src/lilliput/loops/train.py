@@ -267,7 +267,7 @@ class _Loop:
         """The loop itself."""
         settings, show = self.job.train, self.show
         micros = settings.tokens_per_step // (self.micro * self.job.data.sequence)
-        tokens, interrupted, saved_at = 0, False, self.start
+        tokens, interrupted = 0, False
         before = self._evaluate(0)
         after, done, computing = before, self.start, 0.0
         with stoppable() as stop, show.bar(settings.steps, "train", done=self.start) as bar, self._board() as board:
@@ -288,7 +288,7 @@ class _Loop:
                 if settings.eval_every and done % settings.eval_every == 0 and done < settings.steps and not interrupted:
                     after = self._evaluate(done)
                 if interrupted or done == settings.steps or (settings.save_every and done % settings.save_every == 0):
-                    saved_at = self._save(done)
+                    self._save(done)
                 if interrupted:
                     break
             if not interrupted:
@@ -298,7 +298,7 @@ class _Loop:
         if self.rig.meter.budget:
             show.line(f"most bytes: {', '.join(f'{name} {size(int(count))}' for name, count in self._counted().items())}")
         if interrupted:
-            show.line(f"stopped; saved after step {saved_at}. The same command goes on from there.")
+            show.line(f"stopped; saved after step {done}. The same command goes on from there.")
         rows = [r["loss"] for r in self.run.read_metrics() if "loss" in r]
         return TrainResult(
             str(self.run.folder), done, rows[0] if rows else None, rows[-1] if rows else None, before, after,
@@ -315,19 +315,19 @@ class _Loop:
         }  # fmt: skip
 
     def _evaluate(self, step: int) -> float | None:
-        known = next((float(r["eval_loss"]) for r in self.run.read_metrics() if "eval_loss" in r and r["step"] == step), None)
-        if self.held is None or known is not None:  # a run that goes on has found it already
+        found = self.run.read_metrics() if step <= self.start else []  # what a run that goes on has found already
+        known = next((float(r["eval_loss"]) for r in found if "eval_loss" in r and r["step"] == step), None)
+        if self.held is None or known is not None:
             return known
         sums = self.rig.evaluate(self.held.eval_batches(self.micro, self.job.train.eval_tokens))
         self.run.metrics({"step": step, "eval_loss": sums.mean, "eval_targets": sums.weight})
         self.show.line(f"step {step}: held-out loss {sums.mean:.4f} (perplexity {math.exp(min(50, sums.mean)):.2f}, {sums.weight} tokens)")
         return sums.mean
 
-    def _save(self, step: int) -> int:
+    def _save(self, step: int) -> None:
         from lilliput.train import checkpoint
 
         checkpoint.save(self.run, self.rig, step, self.stream.state(), self.identity)
-        return step
 
     @contextmanager
     def _board(self) -> Iterator[Any]:

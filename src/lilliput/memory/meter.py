@@ -102,8 +102,9 @@ class Meter(TorchDispatchMode):
     def _look(self) -> None:
         if not self._watched:
             return
-        self._whole(max(storage.nbytes() for storage in self._watched))
-        now, tier = sum(storage.nbytes() for storage in self._watched), self.tiers["device"]
+        sizes = [storage.nbytes() for storage in self._watched]
+        self._whole(max(sizes))
+        now, tier = sum(sizes), self.tiers["device"]
         tier[0] += now - self.visiting
         tier[1], self.visiting = max(tier), now
         limit = self.budget.get("device")

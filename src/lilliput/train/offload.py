@@ -78,14 +78,12 @@ class Offload(Section):
     def cost(self, ledger: Ledger, facts: Facts, site: Site) -> Ledger:
         """Closed forms, exact but for the gradients on their way: the two that follow each other and are largest."""
         count, several = facts.parameters, site.micro_batches > 1
-        buffers = (4 if several else WEIGHT) * (2 if self.delay != "off" else 1)
         sizes = [math.prod(shape) for shape in facts.shapes.values()]
         leaving = WEIGHT * largest_two(sizes)
-        staged = WEIGHT * count if self.delay != "off" else 0
-        staged += WEIGHT * (2 * min(self.tile, max(sizes)) + (max(sizes) if several else 0))
+        staged = self.staged(max(sizes), several) + (WEIGHT * count if self.delay != "off" else 0)
         return ledger.put(
             parameters=replace(ledger.terms["parameters"], size=WEIGHT * count),
-            gradients=replace(ledger.terms["gradients"], size=buffers * count, tier="host", moments=("load", "forward", "backward", "update")),
+            gradients=replace(ledger.terms["gradients"], size=self.buffers(several) * count, tier="host", moments=("load", "forward", "backward", "update")),
             optimizer=replace(ledger.terms["optimizer"], size=STATE * count, tier="host", moments=("load", "forward", "backward", "update")),
             **{
                 "staged copies": Term(staged, tier="host"),
@@ -120,12 +118,19 @@ class Offload(Section):
 
         several, delayed = rig.site.micro_batches > 1, self.delay != "off"
         counts = {name: p.numel() for name, p in rig.trainable().items()}
-        largest = max(counts.values())
         row = lambda size: Row(size, Decision(tier="host"))
         found = {f"master {name}": row(4 * count) for name, count in counts.items()}
-        found |= {f"gradient {name}": row((4 if several else WEIGHT) * (2 if delayed else 1) * count) for name, count in counts.items()}
+        found |= {f"gradient {name}": row(self.buffers(several) * count) for name, count in counts.items()}
         found |= {f"new weight {name}": row(WEIGHT * count) for name, count in counts.items()} if delayed else {}
-        return found | {"staged copies": row(WEIGHT * (2 * min(self.tile, largest) + (largest if several else 0)))}
+        return found | {"staged copies": row(self.staged(max(counts.values()), several))}
+
+    def buffers(self, several: bool) -> int:
+        """Bytes a weight of room for gradients on the host. several: micro-batches a step, whose gradients are summed in fp32."""
+        return (4 if several else WEIGHT) * (2 if self.delay != "off" else 1)
+
+    def staged(self, largest: int, several: bool) -> int:
+        """Bytes of copies on their way: two tiles up, and a gradient of the largest tensor down where it is added to a sum."""
+        return WEIGHT * (2 * min(self.tile, largest) + (largest if several else 0))
 
     def watch(self, rig: Rig) -> Rig:
         """Gradients leave; a waiting update begins with the step and ends with its backward pass."""
