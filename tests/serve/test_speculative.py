@@ -201,7 +201,12 @@ def test_what_a_drafter_reads_first_is_paid_for_too(first: int) -> None:
 
 
 def test_a_rest_asks_nobody() -> None:
-    """While nothing is guessed neither plan nor fill of the drafter is called, and the share of steps that look is small."""
+    """The share of steps that look is small, and in the others not even the sequences are listed."""
+
+    class Untouched:
+        def __iter__(self) -> None:
+            raise AssertionError("somebody was asked")
+
     control = speculative.Controller()
     for _ in range(control.SEEN):
         assert control.gamma(2) == 0 and not control.rests
@@ -210,6 +215,9 @@ def test_a_rest_asks_nobody() -> None:
     control.observe(1, 0)
     control.guessed(2, 2, 2, 1.5)
     assert control.rests and control.gamma(2) == 0, "a failed trial cost half a step"
+    resting = speculative.Speculation("ngram", 8, None)
+    resting.control = control
+    resting.plan(Untouched(), False, lambda seq: 8)
     for _ in range(49):
         control.plain(2, 1.0)
         assert control.rests
